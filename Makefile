@@ -1,0 +1,69 @@
+# Everything from nothing: `make test` on a fresh machine with Python makes the environment, fetches the model and tests.
+
+PYTHON ?= python3
+ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check --no-input
+STAMP := $(VENV)/.installed
+MODEL := .models/SmolLM2-135M-Instruct
+MODEL_FILE := $(MODEL)/model.safetensors
+
+PYTHON_IS_NEW_ENOUGH := import sys; v = sys.version_info; sys.exit( \
+	None if v >= (3, 10) else "error: Python 3.10 or newer is needed, %s is %d.%d.%d" % ((sys.executable,) + v[:3]))
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help install model quickstart test lint format clean distclean
+
+help: ## Show this list
+	@echo "Targets (PYTHON=... picks the interpreter, ARGS='...' goes to quickstart and test):"
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+install: $(STAMP) ## Make .venv with the pinned packages, this one (editable) and its tools
+
+model: $(MODEL_FILE) ## Put SmolLM2-135M-Instruct in .models/
+
+quickstart: $(MODEL_FILE) ## Run examples/quickstart.py
+	@$(BIN)/python examples/quickstart.py $(ARGS)
+
+test: $(MODEL_FILE) ## Run the tests, e.g. make test ARGS="-m 'not slow' -k attention"
+	@echo "==> pytest"
+	@$(BIN)/python -m pytest -q $(ARGS)
+
+lint: $(STAMP) ## Check style, format and types
+	@echo "==> ruff check"
+	@$(BIN)/ruff check .
+	@echo "==> ruff format --check"
+	@$(BIN)/ruff format --check .
+	@echo "==> mypy"
+	@$(BIN)/mypy
+
+format: $(STAMP) ## Repair style and format
+	@$(BIN)/ruff check --fix-only --exit-zero .
+	@$(BIN)/ruff format .
+
+clean: ## Remove caches and build output
+	@rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	@find . -path './$(VENV)' -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
+
+distclean: clean ## Remove the environment and the model too
+	@rm -rf $(VENV) $(MODEL)
+
+# The stamp is written last, so an install that broke off is taken up again.
+$(STAMP): pyproject.toml constraints.txt
+	@command -v $(PYTHON) > /dev/null || { echo "error: $(PYTHON) not found; install Python 3.10 or newer, or name it: make PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) -c '$(PYTHON_IS_NEW_ENOUGH)'
+	@$(BIN)/python -m pip --version > /dev/null 2>&1 || { echo "==> making $(VENV) with $$($(PYTHON) --version)"; $(PYTHON) -m venv $(VENV); }
+	@$(BIN)/python -c '$(PYTHON_IS_NEW_ENOUGH)'
+	@echo "==> installing torch (a few minutes)"
+	@$(PIP) install -c constraints.txt torch
+	@echo "==> installing peft-cartridges[dev] and its dependencies (a few minutes)"
+	@$(PIP) install -c constraints.txt -e '.[dev]'
+	@touch $@
+
+# The environment comes first, but a newer one is no reason to fetch the model again.
+$(MODEL_FILE): | $(STAMP)
+	@echo "==> fetching the model"
+	@TQDM_DISABLE=1 $(BIN)/python examples/smollm2.py --output $(MODEL)

@@ -1,0 +1,60 @@
+"""Cartridges: small trained KV caches that stand in for a long text, as a PEFT adapter type.
+
+Importing this package registers the adapter type with PEFT and nothing heavier: names that need trl or datasets are
+imported when they are first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from .tuner import CartridgeConfig, CartridgeModel  # registers with PEFT
+
+if TYPE_CHECKING:
+    from .attention import UnsupportedModelError, shared_prefix
+    from .evaluation import gold_answer_nll
+    from .initialization import initialize_cartridge
+    from .kv_prefix import KVPrefix
+    from .self_study import SelfStudySynthesizer, SynthesisConfig
+    from .trainer import SelfStudyConfig, SelfStudyTrainer
+
+__version__ = "0.1.0"
+
+_LAZY = {
+    "KVPrefix": "kv_prefix",
+    "SelfStudyConfig": "trainer",
+    "SelfStudySynthesizer": "self_study",
+    "SelfStudyTrainer": "trainer",
+    "SynthesisConfig": "self_study",
+    "UnsupportedModelError": "attention",
+    "gold_answer_nll": "evaluation",
+    "initialize_cartridge": "initialization",
+    "shared_prefix": "attention",
+}
+
+__all__ = [
+    "CartridgeConfig",
+    "CartridgeModel",
+    "KVPrefix",
+    "SelfStudyConfig",
+    "SelfStudySynthesizer",
+    "SelfStudyTrainer",
+    "SynthesisConfig",
+    "UnsupportedModelError",
+    "gold_answer_nll",
+    "initialize_cartridge",
+    "shared_prefix",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f".{_LAZY[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_LAZY])

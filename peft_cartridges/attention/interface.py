@@ -1,0 +1,168 @@
+"""The attention function that transformers' modules call while a prefix is active.
+
+It is registered in transformers' `AttentionInterface` under `SHARED_PREFIX`. A module calls it when its `config` is
+one made by `with_shared_prefix`, and hands it the prefixes that came in as the keyword argument `PREFIX_ARGUMENT`;
+the masks are still made by the model, for the implementation that the user chose.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask
+from transformers import AttentionInterface
+
+from .kernels import Scoring
+from .masks import additive_mask, flash_mask
+from .shared_prefix_attention import PrefixPart, concatenated_attention, shared_prefix_attention
+
+SHARED_PREFIX = "shared_prefix"
+PREFIX_ARGUMENT = "layer_prefixes"
+# Where a configuration made by `with_shared_prefix` remembers for which implementation the model makes its masks.
+_MASKS_OF = "_shared_prefix_masks_of"
+
+AttentionPath = Literal["auto", "merged", "concatenated"]
+WindowReading = Literal["windowed", "pinned"]
+
+
+@dataclass(frozen=True)
+class LayerPrefix:
+    """A prefix as one attention layer gets it.
+
+    Args:
+        key, value: `[num_key_value_heads, num_tokens, key_dim | value_dim]`.
+        rows: Indices of the batch rows that see it; `None` means all.
+        path: How attention to it is computed; `auto` merges where it can and concatenates where it must (dropout on
+            attention weights, attention weights asked for).
+        window: What a sliding-window layer makes of it: `windowed`, prefix tokens leave the window as any token does
+            (what `past_key_values` would do); `pinned`, they stay visible for ever.
+    """
+
+    key: Tensor
+    value: Tensor
+    rows: Tensor | None = None
+    path: AttentionPath = "auto"
+    window: WindowReading = "windowed"
+
+
+def with_shared_prefix(config: Any) -> Any:
+    """A copy of a model's configuration for its attention modules, which makes them call `SHARED_PREFIX`."""
+    masks_of = getattr(config, _MASKS_OF, config._attn_implementation)
+    config = copy.copy(config)
+    # The internal name: the property would also set it on sub-configurations, which the copy shares.
+    config._attn_implementation_internal = SHARED_PREFIX
+    setattr(config, _MASKS_OF, masks_of)
+    return config
+
+
+def shared_prefix_attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | BlockMask | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    softcap: float | None = None,
+    sliding_window: int | None = None,
+    s_aux: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """As every function of transformers' `AttentionInterface`: query `[batch, num_heads, q_len, head_dim]`, key and
+    value `[batch, num_key_value_heads, kv_len, head_dim]`; gives `[batch, q_len, num_heads, head_dim]` and weights."""
+    prefixes: Sequence[LayerPrefix] = kwargs.pop(PREFIX_ARGUMENT)
+    if kwargs.get("cache") is not None or kwargs.get("position_bias") is not None:
+        what = "a paged cache (continuous batching)" if kwargs.get("cache") is not None else "a position bias"
+        raise NotImplementedError(f"{type(module).__name__} is called with {what}, which a prefix cannot join.")  # noqa: house
+    q_len = query.shape[2]
+    if is_causal is None:
+        is_causal = getattr(module, "is_causal", True)
+    if "flash" in str(getattr(module.config, _MASKS_OF, "")):
+        if attention_mask is not None:  # may be shorter than a static cache, whose rest is not written yet
+            key, value = key[:, :, : attention_mask.shape[-1]], value[:, :, : attention_mask.shape[-1]]
+        attention_mask = flash_mask(
+            attention_mask,
+            query,
+            key.shape[2],
+            causal=bool(is_causal),
+            sliding_window=sliding_window,
+            position_ids=position_ids,
+            cu_seq_lens=kwargs.get("cu_seq_lens_q"),
+        )
+    causal = q_len > 1 and attention_mask is None and bool(is_causal)
+    if causal and key.shape[2] > q_len:  # a static cache's first forward: what is behind q_len is not written yet
+        key, value = key[:, :, :q_len], value[:, :, :q_len]
+    mask = additive_mask(attention_mask, query, key.shape[2])
+    scoring = Scoring(query.shape[-1] ** -0.5 if scaling is None else scaling, softcap, causal)
+    parts = [_part(module, prefix, query, key, position_ids, sliding_window) for prefix in prefixes]
+    _check_shapes(module, parts, key, value)
+    paths = {prefix.path for prefix in prefixes}
+    if "concatenated" in paths or dropout > 0 or kwargs.get("output_attentions"):
+        if "merged" in paths and dropout > 0:
+            raise ValueError(
+                f'The attention path "merged" cannot apply dropout to attention weights ({dropout} in '
+                f'{type(module).__name__}): use "auto", or set the model\'s attention dropout to 0.'
+            )
+        output, weights = concatenated_attention(
+            query, key, value, parts, mask=mask, sinks=s_aux, scoring=scoring, dropout=dropout
+        )
+        return output.transpose(1, 2).contiguous(), weights
+    output = shared_prefix_attention(query, key, value, parts, mask=mask, sinks=s_aux, scoring=scoring)
+    return output.transpose(1, 2).contiguous(), None
+
+
+def _part(
+    module: nn.Module,
+    prefix: LayerPrefix,
+    query: Tensor,
+    key: Tensor,
+    position_ids: Tensor | None,
+    sliding_window: int | None,
+) -> PrefixPart:
+    prefix_key, prefix_value = prefix.key.to(query.dtype), prefix.value.to(query.dtype)
+    num_tokens = prefix_key.shape[1]
+    if not sliding_window or prefix.window == "pinned" or num_tokens + key.shape[2] <= sliding_window:
+        return PrefixPart(*_expand(module, prefix_key, prefix_value), rows=prefix.rows)
+    if position_ids is None:
+        raise ValueError(
+            "A sliding-window layer was called without `position_ids`, so it cannot tell which prefix tokens are still "
+            'in its window. Read the prefix as `pinned` (`sliding_window="pinned"`).'
+        )
+    # A prefix token j is seen from position i while i - j < sliding_window; from the first real token on, at
+    # i = num_tokens, all but the last sliding_window - 1 are out of sight.
+    first = max(0, num_tokens - sliding_window + 1)
+    positions = position_ids[0] if position_ids.ndim == 3 else position_ids
+    positions = positions.expand(query.shape[0], -1) if prefix.rows is None else positions[prefix.rows]
+    distance = positions[..., None] - torch.arange(first, num_tokens, device=positions.device)
+    mask = torch.zeros(distance.shape, dtype=query.dtype, device=query.device)
+    mask = mask.masked_fill(distance >= sliding_window, torch.finfo(query.dtype).min)
+    return PrefixPart(*_expand(module, prefix_key[:, first:], prefix_value[:, first:]), mask, prefix.rows)
+
+
+def _expand(module: nn.Module, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Latent attention (MLA) caches compressed keys and values, which the module expands to what is attended to."""
+    if not hasattr(module, "expand_kv"):
+        return key, value
+    key, value = module.expand_kv(key[None], value[None])
+    return key[0], value[0]
+
+
+def _check_shapes(module: nn.Module, parts: Sequence[PrefixPart], key: Tensor, value: Tensor) -> None:
+    for part in parts:
+        have = (part.key.shape[0], part.key.shape[2], part.value.shape[2])
+        want = (key.shape[1], key.shape[3], value.shape[3])
+        if have != want:
+            raise ValueError(
+                f"Layer {module.layer_idx} ({type(module).__name__}) has (num_key_value_heads, key_dim, value_dim) = "
+                f"{want}, its prefix {have}: the prefix was made for another model."
+            )
+
+
+AttentionInterface.register(SHARED_PREFIX, shared_prefix_attention_forward)

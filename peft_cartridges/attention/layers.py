@@ -1,0 +1,172 @@
+"""Finding the attention layers of a model that can hold a prefix, and their shapes: from the model, not from a list.
+
+Since transformers 5 every decoder's attention module calls a function that it looks up in `ALL_ATTENTION_FUNCTIONS`;
+that look-up is where a prefix comes in, and what a module is recognized by.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+from torch import nn
+
+_CACHE_ARGUMENTS = ("past_key_values", "past_key_value", "layer_past")
+
+
+class UnsupportedModelError(ValueError):
+    """The model, or a layer of it, cannot hold a prefix; the message names the module and the reason."""
+
+
+@dataclass(frozen=True)
+class AttentionLayer:
+    """An attention module that can hold a prefix.
+
+    Args:
+        name: Its qualified name in the model.
+        module: The module itself.
+        layer_idx: Its number among the model's layers, as the module and caches know it.
+        num_key_value_heads, key_dim, value_dim: The shape of what it caches for one token.
+    """
+
+    name: str
+    module: nn.Module
+    layer_idx: int
+    num_key_value_heads: int
+    key_dim: int
+    value_dim: int
+
+
+def find_attention_layers(model: nn.Module) -> list[AttentionLayer]:
+    """The attention layers of a decoder, ordered by layer index.
+
+    Raises:
+        UnsupportedModelError: the model is no decoder, or a layer of it has no attention that can hold a prefix.
+    """
+    config = get_text_config(model)
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise UnsupportedModelError(
+            f"`model` is an encoder–decoder ({type(model).__name__}): a prefix of keys and values stands in front of a "
+            "decoder-only language model's tokens. Use a causal LM (`AutoModelForCausalLM`)."
+        )
+    layers = [
+        AttentionLayer(name, module, module.layer_idx, *_cached_shape(name, module))
+        for name, module in model.named_modules()
+        if _can_hold_prefix(module)
+    ]
+    layers.sort(key=lambda layer: layer.layer_idx)
+    _refuse_unsupported(model, config, layers)
+    return layers
+
+
+def find_decoder(model: nn.Module, layers: Iterable[AttentionLayer]) -> tuple[str, nn.Module]:
+    """Name and module of the innermost model around all attention layers: the one that is given `position_ids`.
+
+    Raises:
+        UnsupportedModelError: no module around the layers takes `position_ids`.
+    """
+    names = [layer.name for layer in layers]
+    around = [
+        (name, module)
+        for name, module in model.named_modules()
+        if all(layer.startswith(f"{name}." if name else "") for layer in names)
+        and "position_ids" in inspect.signature(module.forward).parameters
+    ]
+    if not around:
+        raise UnsupportedModelError(
+            f"No module of {type(model).__name__} around its attention layers takes `position_ids`, which a prefix has "
+            "to shift (models with ALiBi or other relative biases are not supported)."
+        )
+    return max(around, key=lambda named: named[0].count(".") + bool(named[0]))
+
+
+def get_text_config(model: nn.Module) -> Any:
+    """The configuration of the language model (of the text part, in a vision–language model).
+
+    Raises:
+        UnsupportedModelError: `model` is not a transformers model.
+    """
+    config = getattr(model, "config", None)
+    if not hasattr(config, "get_text_config"):
+        raise UnsupportedModelError(
+            f"`model` is a {type(model).__name__} without a transformers configuration: pass a transformers causal LM."
+        )
+    return config.get_text_config(decoder=True)
+
+
+@lru_cache(maxsize=None)
+def _uses_attention_interface(module_class: type[nn.Module]) -> bool:
+    forward = inspect.unwrap(module_class.forward)
+    parameters = inspect.signature(forward).parameters
+    return (
+        "ALL_ATTENTION_FUNCTIONS" in getattr(getattr(forward, "__code__", None), "co_names", ())
+        and any(name in parameters for name in _CACHE_ARGUMENTS)
+        and any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    )
+
+
+def _can_hold_prefix(module: nn.Module) -> bool:
+    return (
+        _uses_attention_interface(type(module))
+        and isinstance(getattr(module, "layer_idx", None), int)
+        and getattr(module, "is_causal", True)
+        and not getattr(module, "is_cross_attention", False)
+    )
+
+
+def _cached_shape(name: str, module: nn.Module) -> tuple[int, int, int]:
+    """(num_key_value_heads, key_dim, value_dim) of what `module` puts into a cache for one token."""
+    config: Any = module.config
+    if (per_layer := getattr(config, "per_layer_config", None)) is not None:
+        config = per_layer[module.layer_idx]
+    if hasattr(module, "expand_kv"):  # latent attention caches what all heads share, compressed
+        return 1, module.kv_lora_rank, module.qk_rope_head_dim
+    if hasattr(module, "qk_head_dim") and hasattr(module, "v_head_dim"):  # or, in older versions, what it expands
+        return config.num_attention_heads, module.qk_head_dim, module.v_head_dim
+    heads = getattr(config, "num_key_value_heads", None) or getattr(config, "num_attention_heads", None)
+    head_dim = getattr(module, "head_dim", None) or getattr(module, "head_size", None) or getattr(config, "head_dim", None)
+    if not heads or not head_dim:
+        raise UnsupportedModelError(f"`{name}` ({type(module).__name__}) does not tell its key/value heads and head_dim.")
+    return heads, head_dim, head_dim
+
+
+def _refuse_unsupported(model: nn.Module, config: Any, layers: list[AttentionLayer]) -> None:
+    found = [layer.layer_idx for layer in layers]
+    expected = list(range(config.num_hidden_layers))
+    types = getattr(config, "layer_types", None) or []
+    if "chunked_attention" in types:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has chunked-attention layers (layer {types.index('chunked_attention')}), where "
+            "tokens of a later chunk never see an earlier one: a prefix has no meaning there."
+        )
+    if shared := getattr(config, "num_kv_shared_layers", 0):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} shares keys and values between layers: its last {shared} layers have none of "
+            "their own. Such models are not supported yet."
+        )
+    if found == expected:
+        return
+    missing = sorted(set(expected) - set(found))
+    if not missing:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has several attention modules with one layer index "
+            f"({', '.join(layer.name for layer in layers[:4])}, …): it is not one decoder."
+        )
+    prefix_of_layers = _layer_list_name(model, len(expected))
+    names = [f"{prefix_of_layers}.{index}" for index in missing] if prefix_of_layers else [str(i) for i in missing]
+    kinds = sorted({types[index] for index in missing if index < len(types)})
+    raise UnsupportedModelError(
+        f"{type(model).__name__}: the layers {', '.join(names[:8])}{', …' if len(names) > 8 else ''} have no causal "
+        "attention through transformers' attention interface" + (f" (layer types: {', '.join(kinds)})" if kinds else "") + ", so "
+        "they cannot hold a prefix of keys and values."
+    )
+
+
+def _layer_list_name(model: nn.Module, num_layers: int) -> str | None:
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) == num_layers:
+            return name
+    return None

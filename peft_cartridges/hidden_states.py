@@ -1,0 +1,114 @@
+"""Final hidden states of a causal LM, and its output head apart from the rest.
+
+A next-token distribution over the whole vocabulary is hidden_size numbers and the model's own head: that is what a
+teacher's target is kept as, and what lets a loss over the vocabulary be computed in pieces.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+from .attention import find_attention_layers, find_decoder
+
+
+@torch.no_grad()
+def predicting_states(
+    model: nn.Module, rows: Sequence[Sequence[int]], num_predicted: Sequence[int], *, batch_size: int = 16
+) -> list[Tensor]:
+    """Final hidden states that predict the last tokens of each row.
+
+    Args:
+        model: A causal LM, with whatever prefix or cartridge is active on it.
+        rows: Token ids.
+        num_predicted: How many last tokens of each row; fewer than the row has.
+        batch_size: Rows computed together.
+
+    Returns:
+        One tensor `[num_predicted[i], hidden_size]` per row, in the order of `rows`.
+    """
+    _, decoder = find_decoder(model, find_attention_layers(model))
+    device = next(model.parameters()).device
+    results: list[Tensor] = [torch.empty(0)] * len(rows)
+    order = sorted(range(len(rows)), key=lambda index: len(rows[index]))
+    for start in range(0, len(order), batch_size):
+        batch = order[start : start + batch_size]
+        hidden = decoder(input_ids=pad_right([rows[i] for i in batch]).to(device), use_cache=False).last_hidden_state
+        for row, index in enumerate(batch):
+            end = len(rows[index]) - 1
+            results[index] = hidden[row, end - num_predicted[index] : end].clone()
+    return results
+
+
+def pad_right(rows: Sequence[Sequence[int]], value: int = 0) -> Tensor:
+    """`[len(rows), longest]`. In a causal model no real token sees padding behind it, so no mask is needed."""
+    width = max(map(len, rows))
+    return torch.tensor([[*row, *[value] * (width - len(row))] for row in rows])
+
+
+class OutputHead:
+    """The part of a causal LM behind its final hidden states, with the soft caps and scales that some models have.
+
+    Args:
+        model: A transformers causal LM or a PEFT model around one.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model.get_base_model() if hasattr(model, "get_base_model") else model
+        _, self.decoder = find_decoder(self.model, find_attention_layers(self.model))
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        """Logits `[..., vocab_size]` of final hidden states `[..., hidden_size]`."""
+        rows = hidden.reshape(1, -1, hidden.shape[-1])
+        with _answering(self.decoder, BaseModelOutputWithPast(last_hidden_state=rows)):
+            logits = self.model(inputs_embeds=rows, use_cache=False).logits
+        return logits.reshape(*hidden.shape[:-1], -1)
+
+    def trainable_parameters(self) -> list[nn.Parameter]:
+        """Parameters of the output embeddings that want a gradient (none, unless they are in `modules_to_save`)."""
+        embeddings = self.model.get_output_embeddings()
+        return [] if embeddings is None else [p for p in embeddings.parameters() if p.requires_grad]
+
+
+@contextlib.contextmanager
+def _answering(module: nn.Module, output: Any) -> Iterator[None]:
+    """The module gives `output` whatever it is called with."""
+    module.forward = lambda *args, **kwargs: output  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del module.forward
+
+
+def forward_hidden_states(model: nn.Module, **inputs: Any) -> Tensor:
+    """Final hidden states `[batch, q_len, hidden_size]` by a forward of the whole `model` (which may be wrapped for
+    distributed training), with logits for the last position only."""
+    inner = unwrap(model)
+    _, decoder = find_decoder(inner, find_attention_layers(inner))
+    captured: list[Tensor] = []
+    handle = decoder.register_forward_hook(lambda module, args, output: captured.append(output.last_hidden_state))
+    try:
+        model(**inputs, **keep_last_logit(inner), use_cache=False)
+    finally:
+        handle.remove()
+    return captured[0]
+
+
+def keep_last_logit(model: nn.Module) -> dict[str, int]:
+    """The argument that spares a causal LM the logits nobody asks for, where it knows one."""
+    causal_lm: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+    forward: Callable[..., Any] = causal_lm.forward
+    return {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(forward).parameters else {}
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model inside a distributed-training wrapper."""
+    while not hasattr(model, "config") and hasattr(model, "module"):
+        model = model.module
+    return model

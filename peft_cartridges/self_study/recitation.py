@@ -1,0 +1,46 @@
+"""Recitation: conversations whose answer is a passage of the chunk itself.
+
+They cost no generation, and the teacher, who has the passage in context, is sure of every token, so a step carries
+more of the text than one on a free conversation. Not in the paper.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+
+_SENTENCE_END = re.compile(r"(?<=[.!?。！？])\s+")
+
+_CONTINUE = (
+    "How does the text go on after this? “{cue}”",
+    "Continue the text from here, word for word: “{cue}”",
+    "“{cue}” What comes next in the text?",
+    "Quote what follows this passage: “{cue}”",
+)
+_QUOTE = (
+    "Quote the passage of the text that begins with “{cue}”.",
+    "Recite the part of the text that starts “{cue}”.",
+    "What does the text say, word for word, from “{cue}” on?",
+)
+
+
+def split_sentences(text: str) -> list[str]:
+    """The sentences of a text, cut at full stops and the like; at least one."""
+    return [sentence for sentence in _SENTENCE_END.split(text) if sentence.strip()]
+
+
+def draw_recitation(text: str, rng: random.Random, *, max_words: int = 60) -> tuple[str, str]:
+    """A request and its answer: up to `max_words` words of `text`, cut at sentences where there are any."""
+    sentences = split_sentences(text)
+    first = rng.randrange(len(sentences))
+    passage = sentences[first]
+    for sentence in sentences[first + 1 :]:
+        if len(passage.split()) + len(sentence.split()) > max_words:
+            break
+        passage = f"{passage} {sentence}"
+    words = passage.split()[:max_words]
+    passage = " ".join(words)
+    if first > 0 and rng.random() < 0.5:
+        cue = " ".join(sentences[first - 1].split()[-12:])
+        return rng.choice(_CONTINUE).format(cue=cue), passage
+    return rng.choice(_QUOTE).format(cue=" ".join(words[: min(5, len(words))])), passage

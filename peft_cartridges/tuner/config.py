@@ -1,0 +1,112 @@
+"""`CartridgeConfig`: what a cartridge is, as PEFT knows and saves it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from peft import PeftConfig
+from peft.utils import PeftType, TaskType
+
+# Fields of ours that stock PEFT does not know. They are written only where they say something, so that stock PEFT
+# reads our files without a warning.
+_OWN_FIELDS = {"attention": "auto", "sliding_window": "windowed", "layer_shapes": None}
+
+
+@dataclass
+class CartridgeConfig(PeftConfig):
+    """Configuration of a cartridge: a small trainable KV cache that stands in for a long text.
+
+    ```python
+    model = get_peft_model(model, CartridgeConfig(num_tokens=2048))
+    ```
+
+    It is saved in the format of stock PEFT's CARTRIDGE type. `token_dim`, `num_layers` and `num_attention_heads` belong
+    to that format; they are read off the base model and need not be given.
+
+    Raises:
+        ValueError: a field is out of its range; the message names it.
+    """
+
+    num_tokens: int | None = field(
+        default=None,
+        metadata={
+            "help": "Length of the cartridge in tokens: its memory, and how much it can hold. A tenth to a fortieth of "
+            "the corpus is a good start. Saved as `num_virtual_tokens`, the name it has in stock PEFT."
+        },
+    )
+    num_frozen_tokens: int = field(
+        default=1,
+        metadata={
+            "help": "How many first tokens stay as they were initialized. Models lean on their first token as an "
+            "attention sink, and moving it makes training unstable; the Cartridges paper freezes one."
+        },
+    )
+    attention: Literal["auto", "merged", "concatenated"] = field(
+        default="auto",
+        metadata={
+            "help": "How attention to the cartridge is computed. `auto`: one copy for the whole batch, merged by "
+            "log-sum-exp (fast, exact), except where that cannot be. `concatenated`: the plain way, for debugging."
+        },
+    )
+    sliding_window: Literal["windowed", "pinned"] = field(
+        default="windowed",
+        metadata={
+            "help": "What sliding-window layers make of the cartridge. `windowed`: its tokens leave the window as any "
+            "token does, as with `past_key_values` in stock PEFT. `pinned`: they stay visible however long the "
+            "conversation grows."
+        },
+    )
+    layer_shapes: list[list[int]] | None = field(
+        default=None,
+        metadata={
+            "help": "Set by itself where the layers of the base model are not all of one shape: (num_key_value_heads, "
+            "key_dim, value_dim) of each. The adapter is then saved with one tensor per layer, which stock PEFT cannot "
+            "load."
+        },
+    )
+    num_virtual_tokens: int | None = field(default=None, metadata={"help": "The name of `num_tokens` in files."})
+    token_dim: int | None = field(default=None, metadata={"help": "num_key_value_heads * head_dim; read off the model."})
+    num_layers: int | None = field(default=None, metadata={"help": "Number of layers; read off the model."})
+    num_attention_heads: int | None = field(
+        default=None, metadata={"help": "Number of key/value heads (stock PEFT's name for them); read off the model."}
+    )
+    num_transformer_submodules: int | None = field(default=1, metadata={"help": "Always 1: decoder-only models."})
+    modules_to_save: list[str] | None = field(
+        default=None, metadata={"help": "Further modules to train and save with the cartridge."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PeftType.CARTRIDGE
+        # Set by the tuner from the model; PEFT's injection looks for it on every configuration.
+        self.target_modules: set[str] | None = None
+        if self.task_type is None:
+            self.task_type = TaskType.CAUSAL_LM
+        self._reconcile_lengths()
+        for name, allowed in (("attention", ("auto", "merged", "concatenated")), ("sliding_window", ("windowed", "pinned"))):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"`{name}` must be one of {', '.join(allowed)}, got {getattr(self, name)!r}.")
+
+    def _reconcile_lengths(self) -> None:
+        given = {name: getattr(self, name) for name in ("num_tokens", "num_virtual_tokens")}
+        given = {name: value for name, value in given.items() if value is not None}
+        if not given:
+            raise ValueError("`num_tokens` is missing: give the length of the cartridge, e.g. CartridgeConfig(num_tokens=512).")
+        for name, value in given.items():
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"`{name}` must be a whole number of at least 1, got {value!r}.")
+        if len(set(given.values())) > 1:
+            raise ValueError(f"`num_tokens={self.num_tokens}` and `num_virtual_tokens={self.num_virtual_tokens}` disagree: give one.")
+        self.num_tokens = self.num_virtual_tokens = next(iter(given.values()))
+        frozen = self.num_frozen_tokens
+        if not isinstance(frozen, int) or isinstance(frozen, bool) or not 0 <= frozen <= self.num_tokens:
+            raise ValueError(
+                f"`num_frozen_tokens` must be between 0 and `num_tokens` ({self.num_tokens}), got {frozen!r}."
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as saved: stock PEFT's, and ours only where they differ from what stock PEFT would do."""
+        fields = super().to_dict()
+        del fields["num_tokens"]
+        return {name: value for name, value in fields.items() if name not in _OWN_FIELDS or value != _OWN_FIELDS[name]}

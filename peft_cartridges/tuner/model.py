@@ -1,0 +1,206 @@
+"""`CartridgeModel`: the PEFT tuner for cartridges, an adapter inside the attention layers."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from peft import PeftConfig, PromptLearningConfig
+from peft.tuners.cartridge import CartridgeEncoder
+from peft.tuners.tuners_utils import BaseTuner
+from torch import Tensor, nn
+
+from ..attention.layers import find_attention_layers, find_decoder
+from ..attention.positions import PositionShift
+from ..kv_prefix import KVPrefix
+from .config import CartridgeConfig
+from .file_format import is_cartridge_tensor, prefix_to_tensors, tensors_to_prefix
+from .layer import BASE_ROW, CartridgeLayer
+
+_PARTS = ("kv_prefix_frozen_key", "kv_prefix_key", "kv_prefix_frozen_value", "kv_prefix_value")
+
+
+class CartridgeModel(BaseTuner):
+    """Puts cartridges into the attention layers of a transformers causal LM; made by `get_peft_model`.
+
+    Several active adapters (`set_adapter(["a", "b"])`) are a composition: their prefixes in that order. With
+    `adapter_names=[…]` in `forward` or `generate`, each row of the batch has its own (`"__base__"` for none).
+    """
+
+    prefix = "kv_prefix_"
+    tuner_layer_cls = CartridgeLayer
+    # Found on the model itself, see `_prepare_adapter_config`.
+    target_module_mapping: dict[str, list[str]] = {}
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        # PEFT looks up one class per PEFT type. A stock `peft.CartridgeConfig` still gets the stock prompt encoder.
+        if args and isinstance(args[0], PromptLearningConfig):
+            return CartridgeEncoder(args[0])
+        return super().__new__(cls)
+
+    # -- injection ---------------------------------------------------------------------------------------------------
+
+    def _prepare_adapter_config(self, peft_config: CartridgeConfig, model_config: dict[str, Any]) -> CartridgeConfig:
+        layers = find_attention_layers(self.model)
+        shapes = [(layer.num_key_value_heads, layer.key_dim, layer.value_dim) for layer in layers]
+        found: dict[str, Any] = {"num_layers": len(layers), "layer_shapes": None}
+        heads, key_dim, value_dim = shapes[0]
+        if len(set(shapes)) == 1 and key_dim == value_dim:
+            found |= {"token_dim": heads * key_dim, "num_attention_heads": heads}
+        else:
+            found |= {"token_dim": None, "num_attention_heads": None, "layer_shapes": [list(s) for s in shapes]}
+        for name, value in found.items():
+            given = getattr(peft_config, name)
+            if given is not None and given != value:
+                base = peft_config.base_model_name_or_path
+                raise ValueError(
+                    f"The cartridge does not fit the model: its `{name}` is {given}, but "
+                    f"{type(self.model).__name__} ({getattr(self.model, 'name_or_path', '') or 'unnamed'}) has {value}. "
+                    + (f"Load the base model that it was trained on: {base!r}." if base else "Load its base model.")
+                )
+            setattr(peft_config, name, value)
+        peft_config.target_modules = {layer.name.removesuffix(".base_layer") for layer in layers}
+        self._attention_layers = {layer.name.removesuffix(".base_layer"): layer for layer in layers}
+        return peft_config
+
+    def _create_and_replace(
+        self,
+        peft_config: CartridgeConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        if not isinstance(target, CartridgeLayer):
+            target = CartridgeLayer(target, self._attention_layers[current_key])
+            setattr(parent, target_name, target)
+        target.update_layer(adapter_name, peft_config)
+
+    def _post_injection_hook(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
+        _, decoder = find_decoder(model, find_attention_layers(model))
+        shift = PositionShift(decoder, self.cartridge_layers()[0].prefix_lengths)
+        self._shift_handle = decoder.register_forward_pre_hook(shift, with_kwargs=True)
+
+    def cartridge_layers(self) -> list[CartridgeLayer]:
+        """The wrapped attention layers, ordered by layer index."""
+        layers = [module for module in self.model.modules() if isinstance(module, CartridgeLayer)]
+        return sorted(layers, key=lambda layer: layer.base_layer.layer_idx)
+
+    def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> nn.Module:
+        if merge:
+            self.cartridge_layers()[0].merge()
+        self._shift_handle.remove()
+        return super()._unload_and_optionally_merge(False, *args, **kwargs)
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        setattr(parent, child_name, child.restore() if isinstance(child, CartridgeLayer) else new_module)
+
+    # -- an adapter per row ------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        names = kwargs.get("adapter_names")
+        if names is None:
+            yield
+            return
+        if self.training:
+            raise ValueError("`adapter_names` is for inference: call `model.eval()` first.")
+        if unknown := sorted(set(names) - set(self.peft_config) - {BASE_ROW}):
+            raise ValueError(f"`adapter_names` has names that are not loaded: {', '.join(unknown)}.")
+        layers = self.cartridge_layers()
+        try:
+            for layer in layers:
+                layer.set_row_adapters(list(names))
+            yield
+        finally:
+            for layer in layers:
+                layer.set_row_adapters(None)
+
+    # -- the prefix of an adapter ------------------------------------------------------------------------------------
+
+    def get_kv_prefix(self, adapter_name: str = "default") -> KVPrefix:
+        """A copy of an adapter's keys and values."""
+        self._check_adapter(adapter_name)
+        keys, values = zip(*(layer.get_tokens(adapter_name) for layer in self.cartridge_layers()), strict=True)
+        return KVPrefix(tuple(t.detach().clone() for t in keys), tuple(t.detach().clone() for t in values))
+
+    @torch.no_grad()
+    def set_kv_prefix(self, prefix: KVPrefix, adapter_name: str = "default") -> None:
+        """Puts keys and values into an adapter, frozen tokens included.
+
+        Raises:
+            ValueError: the prefix has another number of tokens, belongs to a model of another shape, or is not finite.
+        """
+        self._check_adapter(adapter_name)
+        layers = self.cartridge_layers()
+        expected = self.peft_config[adapter_name].num_tokens
+        if prefix.num_tokens != expected:
+            raise ValueError(f"`prefix` has {prefix.num_tokens} tokens, adapter {adapter_name!r} has {expected}.")
+        have = [(k.shape[0], k.shape[2], v.shape[2]) for k, v in zip(prefix.keys, prefix.values, strict=True)]
+        if have != (want := [layer.shape for layer in layers]):
+            raise ValueError(f"`prefix` was made by another model: its layers are {have}, this model's {want}.")
+        for index, pair in enumerate(zip(prefix.keys, prefix.values, strict=True)):
+            if not all(tensor.isfinite().all() for tensor in pair):
+                raise ValueError(f"`prefix` holds NaN or infinite values in layer {index}.")
+        for layer, key, value in zip(layers, prefix.keys, prefix.values, strict=True):
+            for name, tensor in _split_frozen(key, value, self.peft_config[adapter_name]).items():
+                getattr(layer, name)[adapter_name].copy_(tensor)
+
+    def _check_adapter(self, adapter_name: str) -> None:
+        if adapter_name not in self.peft_config:
+            raise ValueError(f"`adapter_name={adapter_name!r}` is not loaded; there are: {', '.join(self.peft_config)}.")
+
+    # -- files: stock PEFT's format, see `file_format` ---------------------------------------------------------------
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: PeftConfig,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, Tensor]:
+        if isinstance(config, PromptLearningConfig):
+            return CartridgeEncoder._get_adapter_state_dict(
+                model, config, adapter_name, state_dict, unwanted_adapter_names
+            )
+        keys, values = [], []
+        for name in _layer_names(model):
+            parts = {part: state_dict[f"{name}.{part}.{adapter_name}"] for part in _PARTS}
+            keys.append(torch.cat([parts["kv_prefix_frozen_key"], parts["kv_prefix_key"]], dim=1))
+            values.append(torch.cat([parts["kv_prefix_frozen_value"], parts["kv_prefix_value"]], dim=1))
+        return prefix_to_tensors(KVPrefix(tuple(keys), tuple(values)).detach(), config)
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        if isinstance(config, PromptLearningConfig):
+            return state_dict
+        prefix = tensors_to_prefix(state_dict, config)
+        remapped = {name: tensor for name, tensor in state_dict.items() if not is_cartridge_tensor(name)}
+        for name, key, value in zip(_layer_names(model), prefix.keys, prefix.values, strict=True):
+            for part, tensor in _split_frozen(key, value, config).items():
+                remapped[f"{name}.{part}.{adapter_name}"] = tensor.clone()
+        return remapped
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        return key if is_cartridge_tensor(key) else super()._remove_adapter_name_from_key(key, adapter_name)
+
+
+def _layer_names(model: nn.Module) -> list[str]:
+    """Qualified names of the cartridge layers as a state dict has them, ordered by layer index."""
+    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, CartridgeLayer)]
+    layers.sort(key=lambda named: named[1].base_layer.layer_idx)
+    return [name.removeprefix("_fsdp_wrapped_module.") for name, _ in layers]
+
+
+def _split_frozen(key: Tensor, value: Tensor, config: CartridgeConfig) -> dict[str, Tensor]:
+    frozen = config.num_frozen_tokens
+    return dict(zip(_PARTS, (key[:, :frozen], key[:, frozen:], value[:, :frozen], value[:, frozen:]), strict=True))

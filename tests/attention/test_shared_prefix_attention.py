@@ -1,0 +1,207 @@
+"""The merged attention against the concatenated one: values and all gradients, for shapes that hypothesis finds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from peft_cartridges.attention.kernels import Scoring
+from peft_cartridges.attention.shared_prefix_attention import (
+    PrefixPart,
+    concatenated_attention,
+    shared_prefix_attention,
+)
+
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 4e-2, torch.float16: 1e-2}
+
+
+@dataclass(frozen=True)
+class Case:
+    """What hypothesis draws: a shape of the problem, and a seed for its numbers."""
+
+    batch: int
+    kv_heads: int
+    groups: int
+    q_len: int
+    kv_len: int
+    key_dim: int
+    value_dim: int
+    prefix_lengths: tuple[int, ...]
+    row_subsets: bool
+    prefix_masks: bool
+    mask: str | None
+    softcap: float | None
+    sinks: bool
+    dtype: torch.dtype
+    seed: int
+
+    @property
+    def scoring(self) -> Scoring:
+        return Scoring(self.key_dim**-0.5, self.softcap, causal=self.mask == "causal")
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> Case:
+    mask = draw(st.sampled_from([None, "causal", "padding", "per head", "hides everything"]))
+    q_len = draw(st.integers(1, 5))
+    key_dim = draw(st.sampled_from([1, 4, 7]))
+    return Case(
+        batch=draw(st.integers(1, 4)),
+        kv_heads=draw(st.integers(1, 3)),
+        groups=draw(st.integers(1, 3)),
+        q_len=q_len,
+        kv_len=q_len if mask == "causal" else draw(st.integers(1, 6)),
+        key_dim=key_dim,
+        value_dim=draw(st.sampled_from([key_dim, 3])),
+        prefix_lengths=tuple(draw(st.lists(st.integers(1, 5), min_size=1, max_size=3))),
+        row_subsets=draw(st.booleans()),
+        prefix_masks=draw(st.booleans()),
+        mask=mask,
+        softcap=draw(st.sampled_from([None, 2.0])),
+        sinks=draw(st.booleans()),
+        dtype=draw(st.sampled_from([torch.float64, torch.float64, torch.float32, torch.bfloat16, torch.float16])),
+        seed=draw(st.integers(0, 2**16)),
+    )
+
+
+def _tensors(case: Case) -> tuple[dict[str, Tensor], list[PrefixPart], Tensor | None, Tensor]:
+    """Leaves by name, the prefixes made of them, the mask of the rows' own part and a gradient of the output."""
+    generator = torch.Generator().manual_seed(case.seed)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(case.dtype).requires_grad_()
+
+    heads = case.kv_heads * case.groups
+    leaves = {
+        "query": random(case.batch, heads, case.q_len, case.key_dim),
+        "key": random(case.batch, case.kv_heads, case.kv_len, case.key_dim),
+        "value": random(case.batch, case.kv_heads, case.kv_len, case.value_dim),
+    }
+    if case.sinks:
+        leaves["sinks"] = random(heads)
+    parts = []
+    hidden = torch.finfo(case.dtype).min
+    for index, length in enumerate(case.prefix_lengths):
+        key = leaves[f"prefix key {index}"] = random(case.kv_heads, length, case.key_dim)
+        value = leaves[f"prefix value {index}"] = random(case.kv_heads, length, case.value_dim)
+        rows = None
+        if case.row_subsets:
+            rows = torch.randperm(case.batch, generator=generator)[: max(1, case.batch - index)]
+        mask = None
+        if case.prefix_masks:
+            seen = torch.rand(case.batch if rows is None else len(rows), case.q_len, length, generator=generator) > 0.4
+            mask = torch.zeros(seen.shape, dtype=case.dtype).masked_fill(~seen, hidden)
+        parts.append(PrefixPart(key, value, mask, rows))
+    shape = {"padding": (case.batch, 1), "per head": (case.batch, heads), "hides everything": (1, 1)}.get(case.mask or "")
+    own = None
+    if shape is not None:
+        seen = torch.rand(*shape, case.q_len, case.kv_len, generator=generator) > 0.4
+        if case.mask == "hides everything":
+            seen = torch.zeros_like(seen)
+        else:
+            seen[..., 0] = True
+        own = torch.zeros(seen.shape, dtype=case.dtype).masked_fill(~seen, hidden)
+    gradient = torch.randn(case.batch, heads, case.q_len, case.value_dim, generator=generator).to(case.dtype)
+    return leaves, parts, own, gradient
+
+
+def _run(case: Case, function: object) -> tuple[Tensor, list[Tensor]]:
+    leaves, parts, mask, gradient = _tensors(case)
+    output = function(  # type: ignore[operator]
+        leaves["query"], leaves["key"], leaves["value"], parts, mask=mask, sinks=leaves.get("sinks"),
+        scoring=case.scoring,
+    )  # fmt: skip
+    output = output[0] if isinstance(output, tuple) else output
+    grads = torch.autograd.grad((output * gradient).sum(), list(leaves.values()), materialize_grads=True)
+    return output, list(grads)
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(cases())
+def test_values_and_gradients(case: Case) -> None:
+    output, grads = _run(case, shared_prefix_attention)
+    expected, expected_grads = _run(case, concatenated_attention)
+    tolerance = TOLERANCE[case.dtype]
+    assert output.dtype == expected.dtype == case.dtype
+    assert all(tensor.isfinite().all() for tensor in (output, *grads))
+    # A query that sees nothing at all has no defined output; everything else must agree.
+    torch.testing.assert_close(_defined(case, output), _defined(case, expected), atol=tolerance, rtol=tolerance)
+    if not _sees_nothing(case).any():
+        for grad, expected_grad in zip(grads, expected_grads, strict=True):
+            torch.testing.assert_close(grad, expected_grad, atol=4 * tolerance, rtol=4 * tolerance)
+
+
+def _sees_nothing(case: Case) -> Tensor:
+    """Queries `[batch, q_len]` to which every key of every part is hidden."""
+    _, parts, mask, _ = _tensors(case)
+    hidden = torch.finfo(case.dtype).min
+    nothing = torch.full((case.batch, case.q_len), mask is not None and case.mask == "hides everything")
+    for part in parts:
+        rows = torch.arange(case.batch) if part.rows is None else part.rows
+        sees = torch.ones(len(rows), case.q_len, dtype=torch.bool)
+        if part.mask is not None:
+            sees = (part.mask > hidden).any(-1)
+        nothing[rows] &= ~sees
+    return nothing
+
+
+def _defined(case: Case, output: Tensor) -> Tensor:
+    return output.masked_fill(_sees_nothing(case)[:, None, :, None], 0.0)
+
+
+def test_gradcheck_in_float64() -> None:
+    case = Case(2, 2, 2, 3, 3, 4, 4, (3, 2), True, True, "causal", 2.0, True, torch.float64, 0)
+    leaves, parts, mask, _ = _tensors(case)
+    names = list(leaves)
+
+    def function(*tensors: Tensor) -> Tensor:
+        given_leaves = dict(zip(names, tensors, strict=True))
+        given_parts = [
+            PrefixPart(given_leaves[f"prefix key {i}"], given_leaves[f"prefix value {i}"], part.mask, part.rows)
+            for i, part in enumerate(parts)
+        ]
+        return shared_prefix_attention(
+            given_leaves["query"], given_leaves["key"], given_leaves["value"], given_parts, mask=mask,
+            sinks=given_leaves["sinks"], scoring=case.scoring,
+        )  # fmt: skip
+
+    assert torch.autograd.gradcheck(function, tuple(leaves.values()))
+
+
+def test_rows_without_a_prefix_attend_to_their_own_tokens_only() -> None:
+    case = Case(3, 2, 2, 4, 4, 8, 8, (5,), False, False, "causal", None, False, torch.float64, 0)
+    leaves, (part,), _, _ = _tensors(case)
+    query, key, value = leaves["query"], leaves["key"], leaves["value"]
+    part = PrefixPart(part.key, part.value, None, torch.tensor([2, 0]))
+    output = shared_prefix_attention(query, key, value, [part], scoring=case.scoring)
+    plain = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
+    torch.testing.assert_close(output[1], plain[1], atol=1e-9, rtol=1e-9)
+    assert (output[0] - plain[0]).abs().max() > 1e-2
+
+
+def test_no_copy_of_the_prefix_per_row_is_stored_for_the_backward() -> None:
+    case = Case(16, 2, 2, 4, 4, 8, 8, (64,), False, False, "causal", None, False, torch.float32, 0)
+    leaves, parts, _, _ = _tensors(case)
+    stored: list[int] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        stored.append(tensor.numel())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        shared_prefix_attention(leaves["query"], leaves["key"], leaves["value"], parts, scoring=case.scoring)
+    assert max(stored) < case.batch * parts[0].key.numel() / 4
+
+
+@pytest.mark.parametrize("q_len", [1, 300])
+def test_the_math_kernel_goes_in_pieces(monkeypatch: pytest.MonkeyPatch, q_len: int) -> None:
+    case = Case(2, 2, 2, q_len, q_len, 4, 4, (9,), False, False, "causal", 2.0, False, torch.float64, 0)
+    expected = _run(case, concatenated_attention)
+    monkeypatch.setattr("peft_cartridges.attention.kernels._MATH_SCORES", 256)
+    output = _run(case, shared_prefix_attention)
+    torch.testing.assert_close(output, expected, atol=1e-9, rtol=1e-9)
