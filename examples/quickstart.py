@@ -25,7 +25,6 @@ import torch
 from datasets import Dataset
 from peft import PeftModel
 from safetensors.torch import load_file
-from smollm2 import get_smollm2
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -43,6 +42,7 @@ from peft_cartridges import (
     shared_prefix,
 )
 from peft_cartridges.chat import encode_preamble, encode_turns
+from smollm2 import get_smollm2
 
 DATA = Path(__file__).parent / "data"
 
@@ -131,7 +131,9 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--fast", action="store_true", help="a small run, to see that everything works")
     parser.add_argument("--corpus", default="lighthouse_handbook", help="a text in examples/data, without its ending")
-    parser.add_argument("--model", default=".models/SmolLM2-135M-Instruct", help="folder of the model; fetched if empty")
+    parser.add_argument(
+        "--model", default=".models/SmolLM2-135M-Instruct", help="folder of the model; fetched if empty"
+    )
     parser.add_argument("--output-dir", type=Path, default=Path("outputs/quickstart"), help="where the cartridge goes")
     parser.add_argument("--num-tokens", type=int, default=256, help="length of the cartridge")
     parser.add_argument("--num-conversations", type=int, help="conversations to write (default: 384, fast: 64)")

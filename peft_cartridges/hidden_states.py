@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
 from .attention import find_attention_layers, find_decoder
 
@@ -33,7 +33,7 @@ def predicting_states(
     Returns:
         One tensor `[num_predicted[i], hidden_size]` per row, in the order of `rows`.
     """
-    _, decoder = find_decoder(model, find_attention_layers(model))
+    decoder = _decoder(model)
     device = next(model.parameters()).device
     results: list[Tensor] = [torch.empty(0)] * len(rows)
     order = sorted(range(len(rows)), key=lambda index: len(rows[index]))
@@ -59,14 +59,14 @@ class OutputHead:
         model: A transformers causal LM or a PEFT model around one.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model.get_base_model() if hasattr(model, "get_base_model") else model
-        _, self.decoder = find_decoder(self.model, find_attention_layers(self.model))
+    def __init__(self, model: Any) -> None:
+        self.model: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+        self.decoder = _decoder(self.model)
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """Logits `[..., vocab_size]` of final hidden states `[..., hidden_size]`."""
         rows = hidden.reshape(1, -1, hidden.shape[-1])
-        with _answering(self.decoder, BaseModelOutputWithPast(last_hidden_state=rows)):
+        with _answering(self.decoder, BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=rows)):
             logits = self.model(inputs_embeds=rows, use_cache=False).logits
         return logits.reshape(*hidden.shape[:-1], -1)
 
@@ -76,10 +76,14 @@ class OutputHead:
         return [] if embeddings is None else [p for p in embeddings.parameters() if p.requires_grad]
 
 
+def _decoder(model: nn.Module) -> Any:
+    return find_decoder(model, find_attention_layers(model))[1]
+
+
 @contextlib.contextmanager
-def _answering(module: nn.Module, output: Any) -> Iterator[None]:
+def _answering(module: Any, output: Any) -> Iterator[None]:
     """The module gives `output` whatever it is called with."""
-    module.forward = lambda *args, **kwargs: output  # type: ignore[method-assign]
+    module.forward = lambda *args, **kwargs: output
     try:
         yield
     finally:
@@ -90,9 +94,10 @@ def forward_hidden_states(model: nn.Module, **inputs: Any) -> Tensor:
     """Final hidden states `[batch, q_len, hidden_size]` by a forward of the whole `model` (which may be wrapped for
     distributed training), with logits for the last position only."""
     inner = unwrap(model)
-    _, decoder = find_decoder(inner, find_attention_layers(inner))
     captured: list[Tensor] = []
-    handle = decoder.register_forward_hook(lambda module, args, output: captured.append(output.last_hidden_state))
+    handle = _decoder(inner).register_forward_hook(
+        lambda module, args, output: captured.append(output.last_hidden_state)
+    )
     try:
         model(**inputs, **keep_last_logit(inner), use_cache=False)
     finally:
@@ -100,14 +105,13 @@ def forward_hidden_states(model: nn.Module, **inputs: Any) -> Tensor:
     return captured[0]
 
 
-def keep_last_logit(model: nn.Module) -> dict[str, int]:
+def keep_last_logit(model: Any) -> dict[str, int]:
     """The argument that spares a causal LM the logits nobody asks for, where it knows one."""
-    causal_lm: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
-    forward: Callable[..., Any] = causal_lm.forward
-    return {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(forward).parameters else {}
+    causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(causal_lm.forward).parameters else {}
 
 
-def unwrap(model: nn.Module) -> nn.Module:
+def unwrap(model: Any) -> Any:
     """The model inside a distributed-training wrapper."""
     while not hasattr(model, "config") and hasattr(model, "module"):
         model = model.module

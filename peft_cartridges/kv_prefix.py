@@ -127,7 +127,9 @@ class KVPrefix:
         # A cache without a config keeps every token, also in sliding-window layers: which of them a later token
         # still sees is decided when the prefix is used.
         cache = DynamicCache()
-        keep_one_logit = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+        keep_one_logit = (
+            {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+        )
         with _evaluating(model):
             for piece in ids.split(prefill_chunk_size, dim=1):
                 model(input_ids=piece, past_key_values=cache, use_cache=True, **keep_one_logit)
@@ -231,7 +233,9 @@ class KVPrefix:
                     f"(layers as (num_key_value_heads, head_dim, value_dim): {shape} against {shapes[0]})."
                 )
         joined = [
-            tuple(torch.cat(layer, dim=1) for layer in zip(*(getattr(prefix, part) for prefix in prefixes), strict=True))
+            tuple(
+                torch.cat(layer, dim=1) for layer in zip(*(getattr(prefix, part) for prefix in prefixes), strict=True)
+            )
             for part in ("keys", "values")
         ]
         return KVPrefix(*joined)

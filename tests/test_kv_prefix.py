@@ -83,7 +83,9 @@ def test_from_a_cache_that_does_not_hold_all_tokens() -> None:
     cache = DynamicCache(config=model.config)
     with torch.no_grad():
         model(input_ids=token_ids(1, 20), past_key_values=cache)
-    with pytest.raises(ValueError, match=r"Layer 0 of the cache \(DynamicSlidingWindowLayer\) has seen 20 tokens but keeps"):
+    with pytest.raises(
+        ValueError, match=r"Layer 0 of the cache \(DynamicSlidingWindowLayer\) has seen 20 tokens but keeps"
+    ):
         KVPrefix.from_cache(cache)
     with pytest.raises(ValueError, match="The cache is empty"):
         KVPrefix.from_cache(DynamicCache())

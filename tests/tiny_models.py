@@ -30,11 +30,11 @@ _MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
 _VISION = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "image_size": 8, "patch_size": 4}
 
 
-def _causal_lm(name: str, **options: Any) -> Callable[[], Any]:
+def _causal_lm(name: str, **options: Any) -> Callable[..., Any]:
     """Makes `{name}ForCausalLM` from `{name}Config`."""
 
-    def config() -> Any:
-        return getattr(transformers, f"{name}Config")(**{**_COMMON, **options})
+    def config(**changes: Any) -> Any:
+        return getattr(transformers, f"{name}Config")(**{**_COMMON, **options, **changes})
 
     return config
 
@@ -53,7 +53,7 @@ def _vision_language(name: str, text_name: str, vision: dict[str, Any], **option
 _LAYERS_OF_GEMMA_3 = ["sliding_attention", "full_attention", "sliding_attention"]
 
 # name -> (class of the model, its configuration)
-ARCHITECTURES: dict[str, tuple[str, Callable[[], Any]]] = {
+ARCHITECTURES: dict[str, tuple[str, Callable[..., Any]]] = {
     "llama": ("LlamaForCausalLM", _causal_lm("Llama")),
     "mistral": ("MistralForCausalLM", _causal_lm("Mistral", sliding_window=WINDOW, head_dim=8)),
     "qwen2": ("Qwen2ForCausalLM", _causal_lm("Qwen2")),
@@ -122,13 +122,18 @@ _EAGER_ONLY = ("gemma2", "gpt_oss")
 
 
 def tiny_model(
-    name: str = "llama", *, seed: int = 0, dtype: torch.dtype = torch.float32, attn: str | None = None
+    name: str = "llama",
+    *,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    attn: str | None = None,
+    **changes: Any,
 ) -> PreTrainedModel:
-    """A random model in evaluation mode; the same weights for the same seed.
+    """A random model in evaluation mode, with `changes` in its configuration; the same weights for the same seed.
 
     Weights are drawn wide, so that attention is far from uniform and an error in it shows.
     """
-    config = ARCHITECTURES[name][1]()
+    config = ARCHITECTURES[name][1](**changes)
     attn = attn or ("eager" if name in _EAGER_ONLY else "sdpa")
     torch.manual_seed(seed)
     model = getattr(transformers, ARCHITECTURES[name][0])._from_config(config, attn_implementation=attn)

@@ -10,7 +10,7 @@ from torch import nn
 
 from ..kv_prefix import KVPrefix
 from .interface import PREFIX_ARGUMENT, AttentionPath, LayerPrefix, WindowReading, with_shared_prefix
-from .layers import find_attention_layers, find_decoder
+from .layers import execution_device, find_attention_layers, find_decoder
 from .positions import PositionShift
 
 
@@ -56,7 +56,7 @@ def shared_prefix(
         stack.callback(decoder.register_forward_pre_hook(shift, with_kwargs=True).remove)
         for layer, key, value in zip(layers, prefix.keys, prefix.values, strict=True):
             module = layer.module
-            device = next(module.parameters()).device
+            device = execution_device(module)
             part = LayerPrefix(key.to(device), value.to(device), None, attention, sliding_window)
             stack.callback(setattr, module, "config", module.config)
             module.config = with_shared_prefix(module.config)

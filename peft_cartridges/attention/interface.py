@@ -18,6 +18,7 @@ from torch.nn.attention.flex_attention import BlockMask
 from transformers import AttentionInterface
 
 from .kernels import Scoring
+from .layers import UnsupportedModelError
 from .masks import additive_mask, flash_mask
 from .shared_prefix_attention import PrefixPart, concatenated_attention, shared_prefix_attention
 
@@ -78,9 +79,15 @@ def shared_prefix_attention_forward(
     """As every function of transformers' `AttentionInterface`: query `[batch, num_heads, q_len, head_dim]`, key and
     value `[batch, num_key_value_heads, kv_len, head_dim]`; gives `[batch, q_len, num_heads, head_dim]` and weights."""
     prefixes: Sequence[LayerPrefix] = kwargs.pop(PREFIX_ARGUMENT)
-    if kwargs.get("cache") is not None or kwargs.get("position_bias") is not None:
-        what = "a paged cache (continuous batching)" if kwargs.get("cache") is not None else "a position bias"
-        raise NotImplementedError(f"{type(module).__name__} is called with {what}, which a prefix cannot join.")  # noqa: house
+    if kwargs.get("cache") is not None:
+        raise UnsupportedModelError(
+            "Continuous batching (`generate_batch`, a paged cache) cannot take a prefix in: use `generate`, which batches "
+            "rows behind one copy of the prefix."
+        )
+    if kwargs.get("position_bias") is not None:
+        raise UnsupportedModelError(
+            f"{type(module).__name__} adds a bias of relative positions to its scores, which a prefix has none of."
+        )
     q_len = query.shape[2]
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)

@@ -9,12 +9,21 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
+import torch
 from torch import nn
 
 _CACHE_ARGUMENTS = ("past_key_values", "past_key_value", "layer_past")
+
+# Attention that does more with the keys and values of a cache than attend to them, by what its modules carry.
+_MORE_THAN_ATTENTION = {
+    "indexer": "an indexer picks the keys that are seen, and it has none for a prefix",
+    "compressor": "it also attends to compressed keys, and it has none for a prefix",
+    "A": "its mask is computed from the values, and a prefix would have none",
+    "lambda_q1": "its values are rearranged between the cache and the attention",
+}
 
 
 class UnsupportedModelError(ValueError):
@@ -97,7 +106,17 @@ def get_text_config(model: nn.Module) -> Any:
     return config.get_text_config(decoder=True)
 
 
-@lru_cache(maxsize=None)
+def execution_device(module: nn.Module) -> torch.device:
+    """Where `module` computes: also where accelerate keeps its weights elsewhere (offloaded, then on `meta`)."""
+    for part in module.modules():
+        device = getattr(getattr(part, "_hf_hook", None), "execution_device", None)
+        if device is not None:
+            return torch.device(device)
+    devices = (tensor.device for tensor in (*module.parameters(), *module.buffers()))
+    return next((device for device in devices if device.type != "meta"), torch.device("cpu"))
+
+
+@cache
 def _uses_attention_interface(module_class: type[nn.Module]) -> bool:
     forward = inspect.unwrap(module_class.forward)
     parameters = inspect.signature(forward).parameters
@@ -126,11 +145,21 @@ def _cached_shape(name: str, module: nn.Module) -> tuple[int, int, int]:
         return 1, module.kv_lora_rank, module.qk_rope_head_dim
     if hasattr(module, "qk_head_dim") and hasattr(module, "v_head_dim"):  # or, in older versions, what it expands
         return config.num_attention_heads, module.qk_head_dim, module.v_head_dim
-    heads = getattr(config, "num_key_value_heads", None) or getattr(config, "num_attention_heads", None)
-    head_dim = getattr(module, "head_dim", None) or getattr(module, "head_size", None) or getattr(config, "head_dim", None)
+    head_dim = (
+        getattr(module, "head_dim", None) or getattr(module, "head_size", None) or getattr(config, "head_dim", None)
+    )
+    # The projection knows best: configurations may carry fields that their models ignore.
+    width = getattr(getattr(module, "k_proj", None), "out_features", None)
+    heads = width // head_dim if width and head_dim else None
+    heads = heads or next(
+        filter(None, (getattr(module, key, None) for key in ("num_key_value_heads", "kv_heads"))), None
+    )
+    heads = heads or getattr(config, "num_key_value_heads", None) or getattr(config, "num_attention_heads", None)
     if not heads or not head_dim:
-        raise UnsupportedModelError(f"`{name}` ({type(module).__name__}) does not tell its key/value heads and head_dim.")
-    return heads, head_dim, head_dim
+        raise UnsupportedModelError(
+            f"`{name}` ({type(module).__name__}) does not tell its key/value heads and head_dim."
+        )
+    return heads, head_dim, getattr(module, "v_head_dim", None) or head_dim
 
 
 def _refuse_unsupported(model: nn.Module, config: Any, layers: list[AttentionLayer]) -> None:
@@ -147,7 +176,14 @@ def _refuse_unsupported(model: nn.Module, config: Any, layers: list[AttentionLay
             f"{type(model).__name__} shares keys and values between layers: its last {shared} layers have none of "
             "their own. Such models are not supported yet."
         )
+    for layer in layers:
+        for attribute, reason in _MORE_THAN_ATTENTION.items():
+            if getattr(layer.module, attribute, None) is not None:
+                raise UnsupportedModelError(
+                    f"`{layer.name}` ({type(layer.module).__name__}) cannot hold a prefix: {reason}."
+                )
     if found == expected:
+        _refuse_untold_window(model, config, layers)
         return
     missing = sorted(set(expected) - set(found))
     if not missing:
@@ -160,9 +196,26 @@ def _refuse_unsupported(model: nn.Module, config: Any, layers: list[AttentionLay
     kinds = sorted({types[index] for index in missing if index < len(types)})
     raise UnsupportedModelError(
         f"{type(model).__name__}: the layers {', '.join(names[:8])}{', …' if len(names) > 8 else ''} have no causal "
-        "attention through transformers' attention interface" + (f" (layer types: {', '.join(kinds)})" if kinds else "") + ", so "
+        "attention through transformers' attention interface"
+        + (f" (layer types: {', '.join(kinds)})" if kinds else "")
+        + ", so "
         "they cannot hold a prefix of keys and values."
     )
+
+
+def _refuse_untold_window(model: nn.Module, config: Any, layers: list[AttentionLayer]) -> None:
+    """A window that a model puts into its masks but does not tell its attention function would not bind a prefix."""
+    if not getattr(config, "sliding_window", None) or getattr(config, "layer_types", None):
+        return
+    attention = inspect.unwrap(type(layers[0].module).forward).__code__
+    decoder = inspect.unwrap(type(find_decoder(model, layers)[1]).forward).__code__
+    tells = "sliding_window" in (*attention.co_names, *attention.co_consts)
+    if "create_sliding_window_causal_mask" in decoder.co_names and not tells:
+        raise UnsupportedModelError(
+            f"`{layers[0].name}` ({type(layers[0].module).__name__}) does not tell its sliding window "
+            f"({config.sliding_window}) to its attention function. If your texts are shorter than that, set "
+            "`model.config.sliding_window = None`."
+        )
 
 
 def _layer_list_name(model: nn.Module, num_layers: int) -> str | None:

@@ -186,9 +186,7 @@ def _attend_prefix(
     batch, heads, q_len, _ = query.shape
     kv_heads = key.shape[0]
     whole = Scoring(scoring.scale, scoring.softcap)
-    output, lse = attend(
-        _fold(query, kv_heads), key[None], value[None], _fold_mask(mask, heads // kv_heads), whole
-    )
+    output, lse = attend(_fold(query, kv_heads), key[None], value[None], _fold_mask(mask, heads // kv_heads), whole)
     return _unfold(output, batch, heads, q_len), _unfold(lse[..., None], batch, heads, q_len).squeeze(-1)
 
 

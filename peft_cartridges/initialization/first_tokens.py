@@ -17,7 +17,7 @@ def first_tokens(
     input_ids = encode_context(processing_class, text, chat_template=chat_template)
     if len(input_ids) < num_tokens:
         raise ValueError(
-            f"`text` has {len(input_ids)} tokens, fewer than `num_tokens={num_tokens}` of the cartridge: a cartridge is "
-            "to be smaller than its corpus. Lower `num_tokens`, or pass a longer text."
+            f"`text` has {len(input_ids)} tokens, fewer than `num_tokens={num_tokens}` of the cartridge: a cartridge "
+            "is to be smaller than its corpus. Lower `num_tokens`, or pass a longer text."
         )
     return KVPrefix.from_input_ids(model, input_ids[:num_tokens])

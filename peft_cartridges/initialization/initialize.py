@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 from peft import PeftModel
 
 from ..kv_prefix import KVPrefix
+from ..tuner.config import CartridgeConfig
 from ..tuner.model import CartridgeModel
 from .registry import get_strategy
 
@@ -62,7 +63,7 @@ def initialize_cartridge(
                 model.get_base_model(),
                 processing_class,
                 text,
-                num_tokens=tuner.peft_config[name].num_tokens,
+                num_tokens=cast(CartridgeConfig, tuner.peft_config[name]).num_tokens or 0,
                 chat_template=chat_template,
             )
     tuner.set_kv_prefix(prefix, name)

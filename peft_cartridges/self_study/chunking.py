@@ -104,7 +104,9 @@ def chunk_corpus(
         )
     tokenizer = get_tokenizer(processing_class)
     if not getattr(tokenizer, "is_fast", False):
-        raise ValueError("`processing_class` is a slow tokenizer without character offsets: load it with `use_fast=True`.")
+        raise ValueError(
+            "`processing_class` is a slow tokenizer without character offsets: load it with `use_fast=True`."
+        )
     encoded = [
         (document, tokenizer(document.text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"])
         for document in documents

@@ -46,8 +46,8 @@ class SynthesisConfig:
     focus_share: float = field(
         default=0.5,
         metadata={
-            "help": "Share of seed prompts that quote a random sentence of the chunk to ask about: questions then spread "
-            "over the whole chunk, where a model left alone keeps asking about its beginning."
+            "help": "Share of seed prompts that quote a random sentence of the chunk to ask about: questions then "
+            "spread over the whole chunk, where a model left alone keeps asking about its beginning."
         },
     )
     question_temperature: float = field(
@@ -62,8 +62,14 @@ class SynthesisConfig:
     seed: int = field(default=42, metadata={"help": "Seed of all random choices of the synthesis."})
 
     def __post_init__(self) -> None:
-        for name in ("num_conversations", "conversations_per_chunk", "min_chunk_tokens", "max_question_tokens",
-                     "max_answer_tokens", "generation_batch_size"):
+        for name in (
+            "num_conversations",
+            "conversations_per_chunk",
+            "min_chunk_tokens",
+            "max_question_tokens",
+            "max_answer_tokens",
+            "generation_batch_size",
+        ):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
         if self.max_chunk_tokens < self.min_chunk_tokens:

@@ -58,9 +58,7 @@ class SelfStudySynthesizer:
         self.model = model
         self.processing_class = processing_class
         self.args = args if args is not None else SynthesisConfig()
-        self._backend = TransformersBackend(
-            model, processing_class, batch_size=self.args.generation_batch_size
-        )
+        self._backend = TransformersBackend(model, processing_class, batch_size=self.args.generation_batch_size)
 
     def synthesize(self, corpus: Any) -> Dataset:
         """The data set of a corpus.
@@ -124,7 +122,9 @@ class SelfStudySynthesizer:
     def _ask_and_answer(self, chunk: Chunk, number: int, rng: random.Random) -> list[Conversation]:
         if number == 0:
             return []
-        types = list(itertools.islice(itertools.cycle(rng.sample(self.args.seed_types, len(self.args.seed_types))), number))
+        types = list(
+            itertools.islice(itertools.cycle(rng.sample(self.args.seed_types, len(self.args.seed_types))), number)
+        )
         sentences = split_sentences(chunk.text)
         seeds = []
         for seed_type in types:

@@ -24,7 +24,10 @@ class SelfStudyCollator:
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
         labels = [
-            [token if learned else -100 for token, learned in zip(row["input_ids"], row["completion_mask"], strict=True)]
+            [
+                token if learned else -100
+                for token, learned in zip(row["input_ids"], row["completion_mask"], strict=True)
+            ]
             for row in rows
         ]
         hidden = [np.asarray(row["teacher_hidden_states"], dtype=np.float16) for row in rows]

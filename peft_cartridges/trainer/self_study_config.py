@@ -30,7 +30,8 @@ class SelfStudyConfig(SynthesisConfig, TrainingArguments):
     max_grad_norm: float = field(default=1.0, metadata={"help": "Gradient clipping."})
     per_device_train_batch_size: int = field(default=16, metadata={"help": "Conversations per step and device."})
     num_train_epochs: float = field(
-        default=3.0, metadata={"help": "Passes over the conversations (the paper uses each once, and makes many more)."}
+        default=3.0,
+        metadata={"help": "Passes over the conversations (the paper uses each once, and makes many more)."},
     )
     logging_steps: float = field(default=10, metadata={"help": "Log every so many steps."})
     train_sampling_strategy: str = field(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ from transformers import (
 )
 
 from ..chat import get_tokenizer
-from ..hidden_states import OutputHead, forward_hidden_states, unwrap
+from ..hidden_states import OutputHead, forward_hidden_states
 from ..initialization import initialize_cartridge
 from ..self_study import SelfStudySynthesizer
 from ..self_study.chunking import as_documents
@@ -63,7 +62,7 @@ class SelfStudyTrainer(Trainer):
         ValueError: the model has no cartridge and none is configured, or a data set lacks its columns.
     """
 
-    _tag_names = ["cartridge", "self-study"]
+    args: SelfStudyConfig
 
     def __init__(
         self,
@@ -173,6 +172,6 @@ def _named(dataset: Dataset | dict[str, Dataset] | None) -> list[tuple[str, Data
 def _check_columns(dataset: Dataset, name: str) -> None:
     if missing := [column for column in _TRAINING_COLUMNS if column not in dataset.column_names]:
         raise ValueError(
-            f"`{name}` lacks the columns {', '.join(missing)} (it has {', '.join(dataset.column_names)}): pass a corpus "
-            "with a `text` column, or what `SelfStudySynthesizer.synthesize` gives."
+            f"`{name}` lacks the columns {', '.join(missing)} (it has {', '.join(dataset.column_names)}): pass a "
+            "corpus with a `text` column, or what `SelfStudySynthesizer.synthesize` gives."
         )

@@ -66,7 +66,9 @@ class CartridgeConfig(PeftConfig):
         },
     )
     num_virtual_tokens: int | None = field(default=None, metadata={"help": "The name of `num_tokens` in files."})
-    token_dim: int | None = field(default=None, metadata={"help": "num_key_value_heads * head_dim; read off the model."})
+    token_dim: int | None = field(
+        default=None, metadata={"help": "num_key_value_heads * head_dim; read off the model."}
+    )
     num_layers: int | None = field(default=None, metadata={"help": "Number of layers; read off the model."})
     num_attention_heads: int | None = field(
         default=None, metadata={"help": "Number of key/value heads (stock PEFT's name for them); read off the model."}
@@ -84,7 +86,10 @@ class CartridgeConfig(PeftConfig):
         if self.task_type is None:
             self.task_type = TaskType.CAUSAL_LM
         self._reconcile_lengths()
-        for name, allowed in (("attention", ("auto", "merged", "concatenated")), ("sliding_window", ("windowed", "pinned"))):
+        for name, allowed in (
+            ("attention", ("auto", "merged", "concatenated")),
+            ("sliding_window", ("windowed", "pinned")),
+        ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"`{name}` must be one of {', '.join(allowed)}, got {getattr(self, name)!r}.")
 
@@ -92,12 +97,16 @@ class CartridgeConfig(PeftConfig):
         given = {name: getattr(self, name) for name in ("num_tokens", "num_virtual_tokens")}
         given = {name: value for name, value in given.items() if value is not None}
         if not given:
-            raise ValueError("`num_tokens` is missing: give the length of the cartridge, e.g. CartridgeConfig(num_tokens=512).")
+            raise ValueError(
+                "`num_tokens` is missing: give the length of the cartridge, e.g. CartridgeConfig(num_tokens=512)."
+            )
         for name, value in given.items():
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"`{name}` must be a whole number of at least 1, got {value!r}.")
         if len(set(given.values())) > 1:
-            raise ValueError(f"`num_tokens={self.num_tokens}` and `num_virtual_tokens={self.num_virtual_tokens}` disagree: give one.")
+            raise ValueError(
+                f"`num_tokens={self.num_tokens}` and `num_virtual_tokens={self.num_virtual_tokens}` disagree: give one."
+            )
         self.num_tokens = self.num_virtual_tokens = next(iter(given.values()))
         frozen = self.num_frozen_tokens
         if not isinstance(frozen, int) or isinstance(frozen, bool) or not 0 <= frozen <= self.num_tokens:

@@ -22,7 +22,9 @@ def prefix_to_tensors(prefix: KVPrefix, config: CartridgeConfig) -> dict[str, Te
     if config.layer_shapes is None:
         return {PROMPT_EMBEDDINGS: prefix.to_prompt_embeddings()}
     pairs = enumerate(zip(prefix.keys, prefix.values, strict=True))
-    return {f"layers.{i}.{name}": tensor for i, pair in pairs for name, tensor in zip(("key", "value"), pair, strict=True)}
+    return {
+        f"layers.{i}.{name}": tensor for i, pair in pairs for name, tensor in zip(("key", "value"), pair, strict=True)
+    }
 
 
 def tensors_to_prefix(tensors: Mapping[str, Tensor], config: CartridgeConfig) -> KVPrefix:
@@ -34,10 +36,10 @@ def tensors_to_prefix(tensors: Mapping[str, Tensor], config: CartridgeConfig) ->
     """
     if config.layer_shapes is None:
         assert config.num_layers is not None and config.num_attention_heads is not None
-        flat = _checked(tensors, PROMPT_EMBEDDINGS, (config.num_tokens, config.num_layers * 2 * (config.token_dim or 0)))
-        return KVPrefix.from_prompt_embeddings(
-            flat, num_layers=config.num_layers, num_heads=config.num_attention_heads
+        flat = _checked(
+            tensors, PROMPT_EMBEDDINGS, (config.num_tokens, config.num_layers * 2 * (config.token_dim or 0))
         )
+        return KVPrefix.from_prompt_embeddings(flat, num_layers=config.num_layers, num_heads=config.num_attention_heads)
     keys, values = [], []
     for index, (heads, key_dim, value_dim) in enumerate(config.layer_shapes):
         keys.append(_checked(tensors, f"layers.{index}.key", (heads, config.num_tokens, key_dim)))
@@ -62,7 +64,9 @@ def _checked(tensors: Mapping[str, Tensor], name: str, shape: tuple[int | None, 
             f"model ask for {shape}: the files do not belong together, or the cartridge to another base model."
         )
     if not tensor.is_floating_point():
-        raise ValueError(f"Tensor `{name}` of the adapter file has dtype {tensor.dtype}, expected a floating-point one.")
+        raise ValueError(
+            f"Tensor `{name}` of the adapter file has dtype {tensor.dtype}, expected a floating-point one."
+        )
     if not torch.isfinite(tensor).all():
         raise ValueError(f"Tensor `{name}` of the adapter file holds NaN or infinite values: the file is damaged.")
     return tensor

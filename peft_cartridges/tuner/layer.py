@@ -10,7 +10,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from ..attention.interface import PREFIX_ARGUMENT, LayerPrefix, with_shared_prefix
-from ..attention.layers import AttentionLayer
+from ..attention.layers import AttentionLayer, execution_device
 from .config import CartridgeConfig
 
 BASE_ROW = "__base__"
@@ -56,7 +56,8 @@ class CartridgeLayer(nn.Module, BaseTunerLayer):
         """Adds an adapter with random keys and values; see `initialize_cartridge` for better ones."""
         heads, *dims = self.shape
         parameter = next((p for p in self.base_layer.parameters() if p.is_floating_point()), None)
-        options = {} if parameter is None else {"device": parameter.device, "dtype": parameter.dtype}
+        dtype = torch.get_default_dtype() if parameter is None else parameter.dtype
+        options: Any = {"device": execution_device(self.base_layer), "dtype": dtype}
         assert config.num_tokens is not None
         trainable = config.num_tokens - config.num_frozen_tokens
         for part, dim in zip(("key", "value"), dims, strict=True):
@@ -192,7 +193,7 @@ class CartridgeLayer(nn.Module, BaseTunerLayer):
     def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[torch.device | None, torch.dtype | None]:
         # PEFT looks for `weight` on the wrapped module; an attention module has projections instead.
         parameter = next((p for p in base_layer.parameters() if p.is_floating_point()), None)
-        return (None, None) if parameter is None else (parameter.device, parameter.dtype)
+        return execution_device(base_layer), None if parameter is None else parameter.dtype
 
 
 def _join(*tensors: Tensor) -> Tensor:

@@ -152,7 +152,9 @@ class CartridgeModel(BaseTuner):
 
     def _check_adapter(self, adapter_name: str) -> None:
         if adapter_name not in self.peft_config:
-            raise ValueError(f"`adapter_name={adapter_name!r}` is not loaded; there are: {', '.join(self.peft_config)}.")
+            raise ValueError(
+                f"`adapter_name={adapter_name!r}` is not loaded; there are: {', '.join(self.peft_config)}."
+            )
 
     # -- files: stock PEFT's format, see `file_format` ---------------------------------------------------------------
 

@@ -97,7 +97,9 @@ def _tensors(case: Case) -> tuple[dict[str, Tensor], list[PrefixPart], Tensor | 
             seen = torch.rand(case.batch if rows is None else len(rows), case.q_len, length, generator=generator) > 0.4
             mask = torch.zeros(seen.shape, dtype=case.dtype).masked_fill(~seen, hidden)
         parts.append(PrefixPart(key, value, mask, rows))
-    shape = {"padding": (case.batch, 1), "per head": (case.batch, heads), "hides everything": (1, 1)}.get(case.mask or "")
+    shape = {"padding": (case.batch, 1), "per head": (case.batch, heads), "hides everything": (1, 1)}.get(
+        case.mask or ""
+    )
     own = None
     if shape is not None:
         seen = torch.rand(*shape, case.q_len, case.kv_len, generator=generator) > 0.4

@@ -138,7 +138,10 @@ def test_a_damaged_file_is_refused_by_tensor_and_reason(tmp_path: Path) -> None:
         ({"prompt_embeddings": good[:9].clone()}, r"`prompt_embeddings`.*shape \(9, 64\).*ask for \(10, 64\)"),
         ({"prompt_embeddings": good[:, :48].clone()}, r"`prompt_embeddings`.*shape \(10, 48\).*ask for \(10, 64\)"),
         ({"prompt_embeddings": good.clone().index_fill_(0, torch.tensor(3), torch.nan)}, "`prompt_embeddings`.*NaN"),
-        ({"prompt_embeddings": good.clone().index_fill_(0, torch.tensor(3), torch.inf)}, "`prompt_embeddings`.*infinite"),
+        (
+            {"prompt_embeddings": good.clone().index_fill_(0, torch.tensor(3), torch.inf)},
+            "`prompt_embeddings`.*infinite",
+        ),
         ({"prompt_embeddings": good.to(torch.int32)}, "`prompt_embeddings`.*torch.int32, expected a floating-point"),
         ({"lora_A": good}, r"no tensor `prompt_embeddings` \(it has lora_A\)"),
     ]

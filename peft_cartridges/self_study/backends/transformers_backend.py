@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
 
 from ...chat import get_tokenizer
 from ..conversation import end_of_turn_ids
@@ -20,7 +19,7 @@ class TransformersBackend:
         batch_size: Prompts decoded together.
     """
 
-    def __init__(self, model: nn.Module, processing_class: Any, *, batch_size: int = 64) -> None:
+    def __init__(self, model: Any, processing_class: Any, *, batch_size: int = 64) -> None:
         self.model = model
         self.batch_size = batch_size
         self.end_ids = end_of_turn_ids(processing_class, model)
@@ -35,7 +34,9 @@ class TransformersBackend:
         order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
         for start in range(0, len(order), self.batch_size):
             batch = order[start : start + self.batch_size]
-            for index, answer in zip(batch, self._generate([prompts[i] for i in batch], max_new_tokens, temperature), strict=True):
+            for index, answer in zip(
+                batch, self._generate([prompts[i] for i in batch], max_new_tokens, temperature), strict=True
+            ):
                 answers[index] = answer
         return answers
 
@@ -44,7 +45,10 @@ class TransformersBackend:
         device = next(self.model.parameters()).device
         input_ids = torch.tensor([[self.pad_id] * (width - len(p)) + p for p in prompts], device=device)
         attention_mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
-        sampling = {"do_sample": temperature > 0} | ({"temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature > 0 else {"temperature": None, "top_p": None, "top_k": None})
+        if temperature > 0:
+            sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+        else:
+            sampling = {"do_sample": False, "temperature": None, "top_k": None, "top_p": None}
         output = self.model.generate(
             input_ids=input_ids,
             attention_mask=attention_mask,

@@ -1,0 +1,157 @@
+"""SelfStudyTrainer with a tiny model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig, PeftModel, get_peft_model
+
+from peft_cartridges import CartridgeConfig, SelfStudyConfig, SelfStudySynthesizer, SelfStudyTrainer
+from tests.self_study.test_synthesizer import TEXT
+from tests.tiny_models import tiny_model, tiny_tokenizer
+
+TOKENIZER = tiny_tokenizer()
+CORPUS = Dataset.from_dict({"text": [TEXT]})
+
+
+def _config(folder: Path, **options: Any) -> SelfStudyConfig:
+    defaults = {
+        "num_conversations": 16, "conversations_per_chunk": 8, "min_chunk_tokens": 30, "max_chunk_tokens": 40,
+        "max_question_tokens": 6, "max_answer_tokens": 8, "per_device_train_batch_size": 8, "max_steps": 4,
+        "use_cpu": True, "disable_tqdm": True, "save_strategy": "no", "logging_steps": 1, "warmup_steps": 0,
+    }  # fmt: skip
+    return SelfStudyConfig(output_dir=str(folder), **{**defaults, **options})
+
+
+def _trainer(folder: Path, model: Any = None, dataset: Dataset | None = None, **options: Any) -> SelfStudyTrainer:
+    model = tiny_model() if model is None else model
+    return SelfStudyTrainer(
+        model=model,
+        args=_config(folder, **options),
+        train_dataset=CORPUS if dataset is None else dataset,
+        processing_class=TOKENIZER,
+        peft_config=None if isinstance(model, PeftModel) else CartridgeConfig(num_tokens=8, num_frozen_tokens=2),
+    )
+
+
+@pytest.fixture(scope="module")
+def conversations(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+    return SelfStudySynthesizer(tiny_model(), TOKENIZER, _config(tmp_path_factory.mktemp("c"))).synthesize(CORPUS)
+
+
+def _losses(trainer: SelfStudyTrainer) -> list[float]:
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def test_a_corpus_becomes_a_trained_cartridge(tmp_path: Path) -> None:
+    trainer = _trainer(tmp_path, max_steps=12)
+    before = trainer.model.get_kv_prefix()
+    base = tiny_model().state_dict()
+    trainer.train()
+    losses, after = _losses(trainer), trainer.model.get_kv_prefix()
+    assert sum(losses[-4:]) < sum(losses[:4])
+    assert torch.equal(after.keys[0][:, :2], before.keys[0][:, :2])
+    assert not torch.equal(after.keys[0][:, 2:], before.keys[0][:, 2:])
+    trained = trainer.model.unload().state_dict()
+    assert all(torch.equal(trained[name], tensor) for name, tensor in base.items())
+
+
+def test_the_loss_is_the_kl_to_the_teacher_with_the_chunk_in_context(tmp_path: Path, conversations: Dataset) -> None:
+    trainer = _trainer(tmp_path, dataset=conversations)
+    batch = trainer.data_collator([conversations[i] for i in range(5)])
+    loss = trainer.compute_loss(trainer.model, batch).item()
+    model, plain, total, count = trainer.model, tiny_model(), 0.0, 0
+    offsets = TOKENIZER(TEXT, return_offsets_mapping=True)["offset_mapping"]
+    for row in conversations.select(range(5)):
+        start, end = map(int, row["chunk_id"].split(":")[1].split("-"))
+        system = {"role": "system", "content": TEXT[offsets[start][0] : offsets[end - 1][1]]}
+        context = TOKENIZER(TOKENIZER.apply_chat_template([system], tokenize=False))["input_ids"]
+        with torch.no_grad():
+            student = model(torch.tensor([row["input_ids"]])).logits[0].double().log_softmax(-1)
+            teacher = (
+                plain(torch.tensor([context + row["input_ids"]])).logits[0, len(context) :].double().log_softmax(-1)
+            )
+        learned = torch.tensor(row["completion_mask"][1:], dtype=torch.bool)
+        total += (teacher.exp() * (teacher - student)).sum(-1)[:-1][learned].sum().item()
+        count += int(learned.sum())
+    assert loss == pytest.approx(total / count, rel=2e-3)
+
+
+def test_accumulated_batches_count_as_one(tmp_path: Path, conversations: Dataset) -> None:
+    shuffled = {"train_sampling_strategy": "sequential", "max_steps": 2, "max_grad_norm": 0.0}
+    whole = _trainer(tmp_path, dataset=conversations, **shuffled)
+    whole.train()
+    parts = _trainer(
+        tmp_path, dataset=conversations, per_device_train_batch_size=2, gradient_accumulation_steps=4, **shuffled
+    )
+    parts.train()
+    assert _losses(parts) == pytest.approx(_losses(whole), rel=1e-4)
+    for a, b in zip(whole.model.get_kv_prefix().keys, parts.model.get_kv_prefix().keys, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-3, rtol=1e-3)
+
+
+def test_a_model_with_a_cartridge_is_trained_on(tmp_path: Path, conversations: Dataset) -> None:
+    trainer = _trainer(tmp_path / "first", dataset=conversations)
+    trainer.train()
+    trainer.save_model()
+    model = PeftModel.from_pretrained(tiny_model(), tmp_path / "first", is_trainable=True)
+    again = _trainer(tmp_path / "second", model, conversations)
+    again.train()
+    assert sum(_losses(again)) < sum(_losses(trainer))
+
+
+def test_evaluation_gives_the_kl_of_held_out_conversations(tmp_path: Path, conversations: Dataset) -> None:
+    trainer = SelfStudyTrainer(
+        model=tiny_model(),
+        args=_config(tmp_path),
+        train_dataset=conversations,
+        eval_dataset=conversations.select(range(6)),
+        processing_class=TOKENIZER,
+        peft_config=CartridgeConfig(num_tokens=8),
+    )
+    assert trainer.evaluate()["eval_loss"] > 0
+
+
+def test_a_saved_model_is_loaded_by_name(tmp_path: Path) -> None:
+    tiny_model().save_pretrained(tmp_path / "base")
+    TOKENIZER.save_pretrained(tmp_path / "base")
+    trainer = SelfStudyTrainer(
+        model=str(tmp_path / "base"),
+        args=_config(tmp_path / "out", max_steps=1, model_init_kwargs={"dtype": torch.float32}),
+        train_dataset=CORPUS,
+        peft_config=CartridgeConfig(num_tokens=8),
+    )
+    trainer.train()
+    trainer.save_model()
+    assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
+
+
+def test_bad_input_names_the_argument_and_the_remedy(tmp_path: Path, conversations: Dataset) -> None:
+    args, config = _config(tmp_path), CartridgeConfig(num_tokens=8)
+    with pytest.raises(ValueError, match="`peft_config` is missing: pass `CartridgeConfig"):
+        SelfStudyTrainer(tiny_model(), args, conversations, processing_class=TOKENIZER)
+    with pytest.raises(ValueError, match="`processing_class` is missing"):
+        SelfStudyTrainer(tiny_model(), args, conversations, peft_config=config)
+    with pytest.raises(ValueError, match="PEFT model without a cartridge"):
+        lora = get_peft_model(tiny_model(), LoraConfig(target_modules=["q_proj"]))
+        SelfStudyTrainer(lora, args, conversations, processing_class=TOKENIZER)
+    with pytest.raises(ValueError, match="already: leave `peft_config` out"):
+        ready = get_peft_model(tiny_model(), config)
+        SelfStudyTrainer(ready, args, conversations, processing_class=TOKENIZER, peft_config=config)
+    without = conversations.remove_columns("teacher_hidden_states")
+    with pytest.raises(ValueError, match="`train_dataset` lacks the columns teacher_hidden_states"):
+        SelfStudyTrainer(tiny_model(), args, without, processing_class=TOKENIZER, peft_config=config)
+    with pytest.raises(ValueError, match=r"`eval_dataset\['x'\]` lacks the columns"):
+        SelfStudyTrainer(
+            tiny_model(), args, conversations, {"x": without}, processing_class=TOKENIZER, peft_config=config
+        )
+    empty = Dataset.from_dict({"text": [""]})
+    with pytest.raises(ValueError, match="Document 0 of the corpus .* is empty"):
+        SelfStudyTrainer(tiny_model(), args, empty, processing_class=TOKENIZER, peft_config=config)
+    long = CartridgeConfig(num_tokens=10_000)
+    with pytest.raises(ValueError, match="fewer than `num_tokens=10000`"):
+        SelfStudyTrainer(tiny_model(), args, CORPUS, processing_class=TOKENIZER, peft_config=long)
