@@ -33,6 +33,7 @@ FEATURES = Features(
         "completion_mask": List(Value("int8")),
         "teacher_hidden_states": List(Value("float16")),
         "chunk_id": Value("string"),
+        "context": Value("string"),
         "seed_type": Value("string"),
     }
 )
@@ -69,7 +70,7 @@ class SelfStudySynthesizer:
         Returns:
             Rows with `messages`, `input_ids` (what the student sees behind its cartridge), `completion_mask` (1 where a
             token is learned), `teacher_hidden_states` (flat `[learned tokens * hidden_size]`, what predicts them),
-            `chunk_id` and `seed_type`.
+            `chunk_id`, `context` (the chunk as the teacher has it in context) and `seed_type`.
 
         Raises:
             ValueError: the corpus is empty or has no `text`.
@@ -106,7 +107,7 @@ class SelfStudySynthesizer:
             )
         for conversation, target in zip(conversations, targets, strict=True):
             row = conversation.to_row(self.processing_class)
-            yield {**row, "teacher_hidden_states": _as_float16(target)}
+            yield {**row, "context": chunk.context, "teacher_hidden_states": _as_float16(target)}
 
     def _converse(self, chunk: Chunk, num_conversations: int, rng: random.Random) -> list[Conversation]:
         num_recitations = round(num_conversations * self.args.recitation_share)

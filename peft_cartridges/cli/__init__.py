@@ -1,0 +1,5 @@
+"""The `cartridges` command."""
+
+from .main import main
+
+__all__ = ["main"]
