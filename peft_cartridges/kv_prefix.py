@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from .chat import encode_context
 
@@ -124,15 +124,14 @@ class KVPrefix:
         ids = torch.as_tensor(input_ids, device=_device(model)).reshape(1, -1)
         if ids.shape[1] == 0:
             raise ValueError("`input_ids` is empty: a prefix needs at least one token.")
-        # A cache without a config keeps every token, also in sliding-window layers: which of them a later token
-        # still sees is decided when the prefix is used.
-        cache = DynamicCache()
+        cache = _cache_that_keeps_all(model)
         keep_one_logit = (
             {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
         )
         with _evaluating(model):
             for piece in ids.split(prefill_chunk_size, dim=1):
                 model(input_ids=piece, past_key_values=cache, use_cache=True, **keep_one_logit)
+        cache.layers = [layer for layer in cache.layers if isinstance(layer, DynamicLayer)]
         return cls.from_cache(cache)
 
     @classmethod
@@ -242,6 +241,17 @@ class KVPrefix:
 
     def _map(self, function: Any) -> KVPrefix:
         return KVPrefix(tuple(map(function, self.keys)), tuple(map(function, self.values)))
+
+
+def _cache_that_keeps_all(model: nn.Module) -> DynamicCache:
+    """A cache that keeps every token, also in sliding-window layers: which of them a later token still sees is decided
+    when the prefix is used. Layers that are no attention get the state they need (and no part in the prefix)."""
+    config = model.config.get_text_config(decoder=True)
+    if not set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention", "attention"}:
+        return DynamicCache()
+    cache = DynamicCache(config=config)
+    cache.layers = [DynamicLayer() if type(layer) is DynamicSlidingWindowLayer else layer for layer in cache.layers]
+    return cache
 
 
 def _device(model: nn.Module) -> torch.device:

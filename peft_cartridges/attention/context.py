@@ -55,12 +55,12 @@ def shared_prefix(
         shift = PositionShift(decoder, lambda batch_size: num_tokens)
         stack.callback(decoder.register_forward_pre_hook(shift, with_kwargs=True).remove)
         for layer, key, value in zip(layers, prefix.keys, prefix.values, strict=True):
-            module = layer.module
-            device = execution_device(module)
-            part = LayerPrefix(key.to(device), value.to(device), None, attention, sliding_window)
-            stack.callback(setattr, module, "config", module.config)
-            module.config = with_shared_prefix(module.config)
-            stack.callback(module.register_forward_pre_hook(_PrefixHook(part), with_kwargs=True).remove)
+            for module in (layer.module, *(reader for _, reader in layer.readers)):
+                device = execution_device(module)
+                part = LayerPrefix(key.to(device), value.to(device), None, attention, sliding_window)
+                stack.callback(setattr, module, "config", module.config)
+                module.config = with_shared_prefix(module.config)
+                stack.callback(module.register_forward_pre_hook(_PrefixHook(part), with_kwargs=True).remove)
         yield model
 
 

@@ -24,8 +24,8 @@ from .shared_prefix_attention import PrefixPart, concatenated_attention, shared_
 
 SHARED_PREFIX = "shared_prefix"
 PREFIX_ARGUMENT = "layer_prefixes"
-# Where a configuration made by `with_shared_prefix` remembers for which implementation the model makes its masks.
-_MASKS_OF = "_shared_prefix_masks_of"
+# Where a configuration made by `with_shared_prefix` keeps the model's own, which says how masks are made.
+_MODEL_CONFIG = "_shared_prefix_model_config"
 
 AttentionPath = Literal["auto", "merged", "concatenated"]
 WindowReading = Literal["windowed", "pinned"]
@@ -53,11 +53,11 @@ class LayerPrefix:
 
 def with_shared_prefix(config: Any) -> Any:
     """A copy of a model's configuration for its attention modules, which makes them call `SHARED_PREFIX`."""
-    masks_of = getattr(config, _MASKS_OF, config._attn_implementation)
+    model_config = getattr(config, _MODEL_CONFIG, config)
     config = copy.copy(config)
     # The internal name: the property would also set it on sub-configurations, which the copy shares.
     config._attn_implementation_internal = SHARED_PREFIX
-    setattr(config, _MASKS_OF, masks_of)
+    setattr(config, _MODEL_CONFIG, model_config)
     return config
 
 
@@ -79,10 +79,15 @@ def shared_prefix_attention_forward(
     """As every function of transformers' `AttentionInterface`: query `[batch, num_heads, q_len, head_dim]`, key and
     value `[batch, num_key_value_heads, kv_len, head_dim]`; gives `[batch, q_len, num_heads, head_dim]` and weights."""
     prefixes: Sequence[LayerPrefix] = kwargs.pop(PREFIX_ARGUMENT)
-    if kwargs.get("cache") is not None:
-        raise UnsupportedModelError(
-            "Continuous batching (`generate_batch`, a paged cache) cannot take a prefix in: use `generate`, which batches "
-            "rows behind one copy of the prefix."
+    flash = "flash" in str(getattr(module.config, _MODEL_CONFIG)._attn_implementation)
+    if (paged_cache := kwargs.pop("cache", None)) is not None:  # continuous batching (`generate_batch`)
+        if flash:
+            raise UnsupportedModelError(
+                "Continuous batching with flash attention reads its paged cache inside the kernel, where a prefix cannot "
+                'join. Load the model with `attn_implementation="sdpa"`.'
+            )
+        key, value = paged_cache.update(
+            key_states=key, value_states=value, layer_idx=module.layer_idx, kwargs={"position_ids": position_ids, **kwargs}
         )
     if kwargs.get("position_bias") is not None:
         raise UnsupportedModelError(
@@ -91,7 +96,7 @@ def shared_prefix_attention_forward(
     q_len = query.shape[2]
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)
-    if "flash" in str(getattr(module.config, _MASKS_OF, "")):
+    if flash:
         if attention_mask is not None:  # may be shorter than a static cache, whose rest is not written yet
             key, value = key[:, :, : attention_mask.shape[-1]], value[:, :, : attention_mask.shape[-1]]
         attention_mask = flash_mask(

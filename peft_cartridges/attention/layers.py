@@ -39,6 +39,8 @@ class AttentionLayer:
         module: The module itself.
         layer_idx: Its number among the model's layers, as the module and caches know it.
         num_key_value_heads, key_dim, value_dim: The shape of what it caches for one token.
+        readers: Names and modules of later layers that have no keys and values of their own and attend to this
+            layer's (Gemma 3n, Gemma 4), and so to its prefix.
     """
 
     name: str
@@ -47,10 +49,15 @@ class AttentionLayer:
     num_key_value_heads: int
     key_dim: int
     value_dim: int
+    readers: tuple[tuple[str, nn.Module], ...] = ()
 
 
-def find_attention_layers(model: nn.Module) -> list[AttentionLayer]:
-    """The attention layers of a decoder, ordered by layer index.
+def find_attention_layers(model: nn.Module, *, skip_unsupported: bool = False) -> list[AttentionLayer]:
+    """The attention layers of a decoder that keep keys and values of their own, ordered by layer index.
+
+    Args:
+        model: A transformers causal LM, or a PEFT model around one.
+        skip_unsupported: Leave out layers without attention (linear attention, convolutions) instead of refusing them.
 
     Raises:
         UnsupportedModelError: the model is no decoder, or a layer of it has no attention that can hold a prefix.
@@ -61,13 +68,15 @@ def find_attention_layers(model: nn.Module) -> list[AttentionLayer]:
             f"`model` is an encoder–decoder ({type(model).__name__}): a prefix of keys and values stands in front of a "
             "decoder-only language model's tokens. Use a causal LM (`AutoModelForCausalLM`)."
         )
+    modules = [(name, module) for name, module in model.named_modules() if _can_hold_prefix(module)]
+    modules.sort(key=lambda named: named[1].layer_idx)
+    readers = [named for named in modules if getattr(named[1], "is_kv_shared_layer", False)]
     layers = [
-        AttentionLayer(name, module, module.layer_idx, *_cached_shape(name, module))
-        for name, module in model.named_modules()
-        if _can_hold_prefix(module)
+        AttentionLayer(name, module, module.layer_idx, *_cached_shape(name, module), _readers_of(module, readers))
+        for name, module in modules
+        if not getattr(module, "is_kv_shared_layer", False)
     ]
-    layers.sort(key=lambda layer: layer.layer_idx)
-    _refuse_unsupported(model, config, layers)
+    _refuse_unsupported(model, config, layers, skip_unsupported)
     return layers
 
 
@@ -136,6 +145,12 @@ def _can_hold_prefix(module: nn.Module) -> bool:
     )
 
 
+def _readers_of(module: nn.Module, readers: list[tuple[str, nn.Module]]) -> tuple[tuple[str, nn.Module], ...]:
+    if not getattr(module, "store_full_length_kv", False):
+        return ()
+    return tuple(named for named in readers if named[1].layer_type == module.layer_type)
+
+
 def _cached_shape(name: str, module: nn.Module) -> tuple[int, int, int]:
     """(num_key_value_heads, key_dim, value_dim) of what `module` puts into a cache for one token."""
     config: Any = module.config
@@ -162,8 +177,12 @@ def _cached_shape(name: str, module: nn.Module) -> tuple[int, int, int]:
     return heads, head_dim, getattr(module, "v_head_dim", None) or head_dim
 
 
-def _refuse_unsupported(model: nn.Module, config: Any, layers: list[AttentionLayer]) -> None:
-    found = [layer.layer_idx for layer in layers]
+def _refuse_unsupported(
+    model: nn.Module, config: Any, layers: list[AttentionLayer], skip_unsupported: bool = False
+) -> None:
+    found = sorted(
+        [layer.layer_idx for layer in layers] + [module.layer_idx for layer in layers for _, module in layer.readers]
+    )
     expected = list(range(config.num_hidden_layers))
     types = getattr(config, "layer_types", None) or []
     if "chunked_attention" in types:
@@ -171,18 +190,13 @@ def _refuse_unsupported(model: nn.Module, config: Any, layers: list[AttentionLay
             f"{type(model).__name__} has chunked-attention layers (layer {types.index('chunked_attention')}), where "
             "tokens of a later chunk never see an earlier one: a prefix has no meaning there."
         )
-    if shared := getattr(config, "num_kv_shared_layers", 0):
-        raise UnsupportedModelError(
-            f"{type(model).__name__} shares keys and values between layers: its last {shared} layers have none of "
-            "their own. Such models are not supported yet."
-        )
     for layer in layers:
         for attribute, reason in _MORE_THAN_ATTENTION.items():
             if getattr(layer.module, attribute, None) is not None:
                 raise UnsupportedModelError(
                     f"`{layer.name}` ({type(layer.module).__name__}) cannot hold a prefix: {reason}."
                 )
-    if found == expected:
+    if found == expected or (skip_unsupported and layers and set(found) < set(expected)):
         _refuse_untold_window(model, config, layers)
         return
     missing = sorted(set(expected) - set(found))
@@ -198,8 +212,8 @@ def _refuse_unsupported(model: nn.Module, config: Any, layers: list[AttentionLay
         f"{type(model).__name__}: the layers {', '.join(names[:8])}{', …' if len(names) > 8 else ''} have no causal "
         "attention through transformers' attention interface"
         + (f" (layer types: {', '.join(kinds)})" if kinds else "")
-        + ", so "
-        "they cannot hold a prefix of keys and values."
+        + ", so they cannot hold a prefix of keys and values."
+        + (" `CartridgeConfig(skip_unsupported_layers=True)` leaves them out." if layers else "")
     )
 
 

@@ -10,7 +10,15 @@ from peft.utils import PeftType, TaskType
 
 # Fields of ours that stock PEFT does not know. They are written only where they say something, so that stock PEFT
 # reads our files without a warning.
-_OWN_FIELDS = {"attention": "auto", "sliding_window": "windowed", "layer_shapes": None}
+_OWN_FIELDS = {
+    "attention": "auto",
+    "sliding_window": "windowed",
+    "skip_unsupported_layers": False,
+    "layer_shapes": None,
+    "layer_format": None,
+}
+
+LAYER_FORMAT = 1
 
 
 @dataclass
@@ -57,13 +65,23 @@ class CartridgeConfig(PeftConfig):
             "conversation grows."
         },
     )
-    layer_shapes: list[list[int]] | None = field(
+    skip_unsupported_layers: bool = field(
+        default=False,
+        metadata={
+            "help": "In a model that mixes attention with other layers (linear attention, convolutions), put the "
+            "cartridge into the attention layers and leave the others as they are, without any memory of the corpus."
+        },
+    )
+    layer_shapes: list[list[int] | None] | None = field(
         default=None,
         metadata={
             "help": "Set by itself where the layers of the base model are not all of one shape: (num_key_value_heads, "
-            "key_dim, value_dim) of each. The adapter is then saved with one tensor per layer, which stock PEFT cannot "
-            "load."
+            "key_dim, value_dim) of each, null for a layer that is left out. The adapter is then saved with one tensor "
+            "per layer, which stock PEFT cannot load."
         },
+    )
+    layer_format: int | None = field(
+        default=None, metadata={"help": "Version of the format with one tensor per layer; set with `layer_shapes`."}
     )
     num_virtual_tokens: int | None = field(default=None, metadata={"help": "The name of `num_tokens` in files."})
     token_dim: int | None = field(
@@ -92,6 +110,12 @@ class CartridgeConfig(PeftConfig):
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"`{name}` must be one of {', '.join(allowed)}, got {getattr(self, name)!r}.")
+
+        if self.layer_format not in (None, LAYER_FORMAT):
+            raise ValueError(
+                f"`layer_format` is {self.layer_format}, this version of peft-cartridges reads {LAYER_FORMAT}: the "
+                "adapter was saved by a newer one. Upgrade peft-cartridges."
+            )
 
     def _reconcile_lengths(self) -> None:
         given = {name: getattr(self, name) for name in ("num_tokens", "num_virtual_tokens")}

@@ -1,7 +1,8 @@
 """How a cartridge lies in `adapter_model.safetensors`, and the checks before anything from there touches a model.
 
 Layers of one shape: stock PEFT's single tensor `prompt_embeddings` `[num_tokens, num_layers * 2 * token_dim]`.
-Otherwise (the configuration then has `layer_shapes`): `layers.{i}.key` and `layers.{i}.value`, as in `KVPrefix`.
+Otherwise (the configuration then has `layer_shapes`): `layers.{i}.key` and `layers.{i}.value`, as in `KVPrefix`, for
+every layer `i` of the model that holds a part of the cartridge.
 """
 
 from __future__ import annotations
@@ -21,10 +22,11 @@ def prefix_to_tensors(prefix: KVPrefix, config: CartridgeConfig) -> dict[str, Te
     """The tensors of the adapter file."""
     if config.layer_shapes is None:
         return {PROMPT_EMBEDDINGS: prefix.to_prompt_embeddings()}
-    pairs = enumerate(zip(prefix.keys, prefix.values, strict=True))
-    return {
-        f"layers.{i}.{name}": tensor for i, pair in pairs for name, tensor in zip(("key", "value"), pair, strict=True)
-    }
+    tensors = {}
+    held = [index for index, shape in enumerate(config.layer_shapes) if shape is not None]
+    for index, key, value in zip(held, prefix.keys, prefix.values, strict=True):
+        tensors |= {f"layers.{index}.key": key, f"layers.{index}.value": value}
+    return tensors
 
 
 def tensors_to_prefix(tensors: Mapping[str, Tensor], config: CartridgeConfig) -> KVPrefix:
@@ -41,9 +43,11 @@ def tensors_to_prefix(tensors: Mapping[str, Tensor], config: CartridgeConfig) ->
         )
         return KVPrefix.from_prompt_embeddings(flat, num_layers=config.num_layers, num_heads=config.num_attention_heads)
     keys, values = [], []
-    for index, (heads, key_dim, value_dim) in enumerate(config.layer_shapes):
-        keys.append(_checked(tensors, f"layers.{index}.key", (heads, config.num_tokens, key_dim)))
-        values.append(_checked(tensors, f"layers.{index}.value", (heads, config.num_tokens, value_dim)))
+    for index, shape in enumerate(config.layer_shapes):
+        if shape is not None:
+            heads, key_dim, value_dim = shape
+            keys.append(_checked(tensors, f"layers.{index}.key", (heads, config.num_tokens, key_dim)))
+            values.append(_checked(tensors, f"layers.{index}.value", (heads, config.num_tokens, value_dim)))
     return KVPrefix(tuple(keys), tuple(values))
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from ..attention.interface import PREFIX_ARGUMENT, LayerPrefix, with_shared_prefix
 from ..attention.layers import AttentionLayer, execution_device
@@ -27,9 +28,11 @@ class CartridgeLayer(nn.Module, BaseTunerLayer):
     adapter_layer_names = ("kv_prefix_key", "kv_prefix_value")
     other_param_names = ("kv_prefix_frozen_key", "kv_prefix_frozen_value", "adapter_configs")
 
-    def __init__(self, base_layer: nn.Module, shape: AttentionLayer) -> None:
+    def __init__(self, base_layer: nn.Module, shape: AttentionLayer, source: CartridgeLayer | None = None) -> None:
         super().__init__()
         self.base_layer = base_layer
+        # The layer that holds what this one attends to, where that is another; no submodule of this one.
+        self.__dict__["source"] = source
         self.shape = (shape.num_key_value_heads, shape.key_dim, shape.value_dim)
         self.model_config = base_layer.config
         self.kv_prefix_key = nn.ParameterDict()
@@ -38,6 +41,8 @@ class CartridgeLayer(nn.Module, BaseTunerLayer):
         self.kv_prefix_frozen_value = nn.ParameterDict()
         self.adapter_configs: dict[str, CartridgeConfig] = {}
         self.row_adapters: Sequence[str] | None = None
+        # In the first layer: the hook that shifts the model's positions by `prefix_lengths`.
+        self.shift_handle: RemovableHandle | None = None
         self._inference_prefixes: dict[Any, LayerPrefix] = {}
         self._active_adapter = []
 
@@ -54,6 +59,9 @@ class CartridgeLayer(nn.Module, BaseTunerLayer):
 
     def update_layer(self, adapter_name: str, config: CartridgeConfig) -> None:
         """Adds an adapter with random keys and values; see `initialize_cartridge` for better ones."""
+        self.adapter_configs[adapter_name] = config
+        if self.source is not None:
+            return
         heads, *dims = self.shape
         parameter = next((p for p in self.base_layer.parameters() if p.is_floating_point()), None)
         dtype = torch.get_default_dtype() if parameter is None else parameter.dtype
@@ -66,10 +74,11 @@ class CartridgeLayer(nn.Module, BaseTunerLayer):
             getattr(self, f"kv_prefix_{part}")[adapter_name] = nn.Parameter(
                 torch.randn(heads, trainable, dim, **options) * 0.02
             )
-        self.adapter_configs[adapter_name] = config
 
     def get_tokens(self, adapter_name: str) -> tuple[Tensor, Tensor]:
         """Keys and values of an adapter, frozen tokens first."""
+        if self.source is not None:
+            return self.source.get_tokens(adapter_name)
         key = _join(self.kv_prefix_frozen_key[adapter_name], self.kv_prefix_key[adapter_name])
         return key, _join(self.kv_prefix_frozen_value[adapter_name], self.kv_prefix_value[adapter_name])
 
@@ -93,9 +102,24 @@ class CartridgeLayer(nn.Module, BaseTunerLayer):
         self.row_adapters = names
         self._sync()
 
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
+    ) -> nn.Module:
+        """The wrapped module without any adapter. PEFT calls this when another tuner (a LoRA) in the same model is
+        taken off, which it does for all adapters at once, but without looking into a layer like this."""
+        if merge:
+            self.merge()
+        for name, module in list(self.base_layer.named_modules()):
+            if isinstance(module, BaseTunerLayer):
+                parent, _, child = name.rpartition(".")
+                setattr(self.base_layer.get_submodule(parent), child, module.get_base_layer())
+        return self.restore()
+
     def restore(self) -> nn.Module:
-        """The wrapped module as it was before."""
+        """The wrapped module as it was before this layer."""
         self.base_layer.config = self.model_config
+        if self.shift_handle is not None:
+            self.shift_handle.remove()
         return self.base_layer
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -114,7 +138,7 @@ class CartridgeLayer(nn.Module, BaseTunerLayer):
         if self._adapters_in_use():
             self.base_layer.config = with_shared_prefix(self.model_config)
         else:
-            self.restore()
+            self.base_layer.config = self.model_config
 
     def _adapters_in_use(self) -> list[str]:
         if self.disable_adapters:
@@ -161,6 +185,8 @@ class CartridgeLayer(nn.Module, BaseTunerLayer):
         return [name for name in self.row_adapters for _ in range(repeats)]
 
     def _prefix(self, names: tuple[str, ...], rows: Tensor | None) -> LayerPrefix:
+        if self.source is not None:
+            return self.source._prefix(names, rows)
         tensors = [
             parameters[name]
             for name in names
@@ -172,7 +198,8 @@ class CartridgeLayer(nn.Module, BaseTunerLayer):
             )
         ]
         trains = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-        if trains or torch.compiler.is_compiling() or any(tensor.is_inference() for tensor in tensors):
+        changing = trains or self.training or torch.compiler.is_compiling()
+        if changing or any(tensor.is_inference() for tensor in tensors):
             return self._join_adapters(names, rows)
         # Joining frozen and trainable tokens at every decoding step would cost more than the attention to them.
         key: Any = (names, torch.is_inference_mode_enabled())

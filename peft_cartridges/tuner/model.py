@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,12 +11,13 @@ import torch
 from peft import PeftConfig, PromptLearningConfig
 from peft.tuners.cartridge import CartridgeEncoder
 from peft.tuners.tuners_utils import BaseTuner
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from ..attention.layers import find_attention_layers, find_decoder
 from ..attention.positions import PositionShift
 from ..kv_prefix import KVPrefix
-from .config import CartridgeConfig
+from .config import LAYER_FORMAT, CartridgeConfig
 from .file_format import is_cartridge_tensor, prefix_to_tensors, tensors_to_prefix
 from .layer import BASE_ROW, CartridgeLayer
 
@@ -40,17 +42,33 @@ class CartridgeModel(BaseTuner):
             return CartridgeEncoder(args[0])
         return super().__new__(cls)
 
+    def __init__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
+        # Another tuner on the same model (a LoRA) keeps its adapters, and we ours: PEFT would make one dictionary of
+        # them, in which two adapters of one name would be one.
+        beside = getattr(model, "peft_config", None)
+        if beside is not None:
+            self.peft_config = {}
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
+            super().__init__(model, *args, **kwargs)
+        if beside is not None:
+            model.peft_config = beside
+
     # -- injection ---------------------------------------------------------------------------------------------------
 
     def _prepare_adapter_config(self, peft_config: CartridgeConfig, model_config: dict[str, Any]) -> CartridgeConfig:
-        layers = find_attention_layers(self.model)
+        layers = find_attention_layers(self.model, skip_unsupported=peft_config.skip_unsupported_layers)
         shapes = [(layer.num_key_value_heads, layer.key_dim, layer.value_dim) for layer in layers]
-        found: dict[str, Any] = {"num_layers": len(layers), "layer_shapes": None}
+        indices = [layer.layer_idx for layer in layers]
+        found: dict[str, Any] = {"num_layers": len(layers), "layer_shapes": None, "layer_format": None}
         heads, key_dim, value_dim = shapes[0]
-        if len(set(shapes)) == 1 and key_dim == value_dim:
+        if len(set(shapes)) == 1 and key_dim == value_dim and indices == list(range(len(layers))):
             found |= {"token_dim": heads * key_dim, "num_attention_heads": heads}
         else:
-            found |= {"token_dim": None, "num_attention_heads": None, "layer_shapes": [list(s) for s in shapes]}
+            by_index = {index: list(shape) for index, shape in zip(indices, shapes, strict=True)}
+            in_order = [by_index.get(index) for index in range(max(indices) + 1)]
+            found |= {"token_dim": None, "num_attention_heads": None}
+            found |= {"layer_shapes": in_order, "layer_format": LAYER_FORMAT}
         for name, value in found.items():
             given = getattr(peft_config, name)
             if given is not None and given != value:
@@ -61,8 +79,13 @@ class CartridgeModel(BaseTuner):
                     + (f"Load the base model that it was trained on: {base!r}." if base else "Load its base model.")
                 )
             setattr(peft_config, name, value)
-        peft_config.target_modules = {layer.name.removesuffix(".base_layer") for layer in layers}
-        self._attention_layers = {layer.name.removesuffix(".base_layer"): layer for layer in layers}
+        # Each wrapped module by name, with the layer whose keys and values it attends to: mostly its own.
+        self._attention_layers = {
+            name.removesuffix(".base_layer"): layer
+            for layer in layers
+            for name in (layer.name, *(reader for reader, _ in layer.readers))
+        }
+        peft_config.target_modules = set(self._attention_layers)
         return peft_config
 
     def _create_and_replace(
@@ -76,28 +99,65 @@ class CartridgeModel(BaseTuner):
         parameter_name: str | None = None,
     ) -> None:
         if not isinstance(target, CartridgeLayer):
-            target = CartridgeLayer(target, self._attention_layers[current_key])
+            layer = self._attention_layers[current_key]
+            holder = layer.name.removesuffix(".base_layer")  # comes first in the model
+            source = None if holder == current_key else self.model.get_submodule(holder)
+            target = CartridgeLayer(target, layer, source)
             setattr(parent, target_name, target)
         target.update_layer(adapter_name, peft_config)
 
     def _post_injection_hook(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
-        _, decoder = find_decoder(model, find_attention_layers(model))
-        shift = PositionShift(decoder, self.cartridge_layers()[0].prefix_lengths)
-        self._shift_handle = decoder.register_forward_pre_hook(shift, with_kwargs=True)
+        first = self.cartridge_layers()[0]
+        if first.shift_handle is None:
+            _, decoder = find_decoder(model, self._attention_layers.values())
+            shift = PositionShift(decoder, first.prefix_lengths)
+            first.shift_handle = decoder.register_forward_pre_hook(shift, with_kwargs=True)
 
     def cartridge_layers(self) -> list[CartridgeLayer]:
-        """The wrapped attention layers, ordered by layer index."""
-        layers = [module for module in self.model.modules() if isinstance(module, CartridgeLayer)]
+        """The wrapped attention layers that hold cartridges, ordered by layer index."""
+        layers = [module for module in self.model.modules() if _holds_cartridges(module)]
         return sorted(layers, key=lambda layer: layer.base_layer.layer_idx)
 
     def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> nn.Module:
+        """Takes the cartridges off, and nothing else: a LoRA in the same model stays."""
         if merge:
             self.cartridge_layers()[0].merge()
-        self._shift_handle.remove()
-        return super()._unload_and_optionally_merge(False, *args, **kwargs)
+        for name, module in list(self.model.named_modules()):
+            parent, _, child = name.rpartition(".")
+            if isinstance(module, CartridgeLayer):
+                setattr(self.model.get_submodule(parent), child, module.restore())
+            elif self._is_ours(module):
+                setattr(self.model.get_submodule(parent), child, module.unload_and_optionally_merge_module(False, False, None))
+        if getattr(self.model, "peft_config", None) is self.peft_config:
+            del self.model.peft_config
+        return self.model
 
-    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        setattr(parent, child_name, child.restore() if isinstance(child, CartridgeLayer) else new_module)
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """Makes an adapter active, or several: a composition, their prefixes in that order.
+
+        Raises:
+            ValueError: no name is given, or the adapters read sliding windows differently.
+        """
+        names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
+        if not names:
+            raise ValueError("`adapter_name` is empty: name at least one adapter, or use `disable_adapter()` for none.")
+        readings = {self.peft_config[name].sliding_window for name in names}
+        if len(readings) > 1:
+            raise ValueError(
+                f"The adapters {', '.join(names)} cannot be composed: `sliding_window` is {' in one, '.join(sorted(readings))} "
+                "in another. Set it to the same value in their configurations."
+            )
+        super().set_adapter(adapter_name, inference_mode=inference_mode)
+
+    def _enable_adapter_layers(self, enabled: bool = True) -> None:
+        # Not PEFT's own, which would also switch a LoRA in the same model.
+        for module in self.model.modules():
+            if isinstance(module, CartridgeLayer) or self._is_ours(module):
+                module.enable_adapters(enabled)
+
+    def _is_ours(self, module: nn.Module) -> bool:
+        """Whether a module of `modules_to_save` belongs to cartridges only."""
+        return isinstance(module, AuxiliaryTrainingWrapper) and module._adapters <= set(self.peft_config)
 
     # -- an adapter per row ------------------------------------------------------------------------------------------
 
@@ -198,9 +258,13 @@ class CartridgeModel(BaseTuner):
 
 def _layer_names(model: nn.Module) -> list[str]:
     """Qualified names of the cartridge layers as a state dict has them, ordered by layer index."""
-    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, CartridgeLayer)]
+    layers = [(name, module) for name, module in model.named_modules() if _holds_cartridges(module)]
     layers.sort(key=lambda named: named[1].base_layer.layer_idx)
     return [name.removeprefix("_fsdp_wrapped_module.") for name, _ in layers]
+
+
+def _holds_cartridges(module: nn.Module) -> bool:
+    return isinstance(module, CartridgeLayer) and module.source is None
 
 
 def _split_frozen(key: Tensor, value: Tensor, config: CartridgeConfig) -> dict[str, Tensor]:

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+from peft import PeftModel
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.utils import PeftType
 
@@ -18,3 +23,22 @@ def register() -> None:
     PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.CARTRIDGE] = CartridgeConfig
     PEFT_TYPE_TO_TUNER_MAPPING[PeftType.CARTRIDGE] = CartridgeModel
     PEFT_TYPE_TO_PREFIX_MAPPING[PeftType.CARTRIDGE] = CartridgeModel.prefix
+    if not hasattr(PeftModel.set_adapter, "__wrapped__"):
+        PeftModel.set_adapter = _with_compositions(PeftModel.set_adapter)
+
+
+def _with_compositions(set_adapter: Any) -> Any:
+    """`PeftModel.set_adapter` that also takes several names where they are cartridges. Stock PEFT takes them in the
+    tuner, but not here."""
+
+    @functools.wraps(set_adapter)
+    def wrapper(self: PeftModel, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
+        if isinstance(adapter_name, str) or not isinstance(self.base_model, CartridgeModel):
+            return set_adapter(self, adapter_name, inference_mode=inference_mode)
+        names = list(adapter_name)
+        if unknown := [name for name in names if name not in self.peft_config]:
+            raise ValueError(f"Adapter {', '.join(unknown)} not found; there are: {', '.join(self.peft_config)}.")
+        self.base_model.set_adapter(names, inference_mode=inference_mode)
+        self.active_adapter = names[0]  # what PEFT looks a configuration up by; the tuner knows all of them
+
+    return wrapper

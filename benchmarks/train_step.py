@@ -1,0 +1,138 @@
+"""One training step of a cartridge: this package against stock PEFT's CARTRIDGE.
+
+    python -m benchmarks.train_step --num-tokens 512 2048 --batch-size 8 --length 128 --dtype bfloat16
+
+Both do the same work: `batch-size` rows of `length` tokens, the KL to a stored teacher over the whole vocabulary at the
+second half of each row's tokens, the gradient of every key and value but the first token's, and an Adam step. Time is
+the median of some steps after a warm-up; memory is the peak above the loaded model with its adapter.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import peft
+import torch
+from peft import get_peft_model
+
+from benchmarks.harness import (
+    PeakMemory,
+    Settings,
+    base_parser,
+    load_model,
+    median,
+    print_table,
+    run_in_turns,
+    save,
+    serve_worker,
+    spread,
+    timed,
+    worker_settings,
+)
+
+
+def ours(settings: Settings) -> dict[str, Any]:
+    from peft_cartridges import CartridgeConfig
+    from peft_cartridges.hidden_states import OutputHead, forward_hidden_states
+    from peft_cartridges.trainer.losses import chunked_loss, forward_kl
+
+    model = get_peft_model(load_model(settings), CartridgeConfig(num_tokens=settings["num_tokens"]))
+    head = OutputHead(model)
+    input_ids, learned, teacher = _batch(model, settings)
+
+    def loss() -> torch.Tensor:
+        hidden = forward_hidden_states(model, input_ids=input_ids)
+        return chunked_loss(hidden[:, :-1][learned], teacher, head, forward_kl) / len(teacher)
+
+    return _measure(model, settings, loss)
+
+
+def stock_peft(settings: Settings) -> dict[str, Any]:
+    config = peft.CartridgeConfig(num_virtual_tokens=settings["num_tokens"], task_type="CAUSAL_LM")
+    model = get_peft_model(load_model(settings), config)
+    input_ids, learned, teacher = _batch(model, settings)
+    output_embeddings = model.get_base_model().get_output_embeddings()
+
+    def loss() -> torch.Tensor:
+        logits = model(input_ids=input_ids, attention_mask=torch.ones_like(input_ids)).logits[:, :-1][learned]
+        with torch.no_grad():
+            target = output_embeddings(teacher).float().log_softmax(-1)
+        return (target.exp() * (target - logits.float().log_softmax(-1))).sum() / len(teacher)
+
+    return _measure(model, settings, loss)
+
+
+WORKERS = {"ours": ours, "stock_peft": stock_peft}
+
+
+def _batch(model: torch.nn.Module, settings: Settings) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    shape = (settings["batch_size"], settings["length"])
+    device = settings["device"]
+    input_ids = torch.randint(100, 10_000, shape, device=device)
+    learned = torch.zeros(shape[0], shape[1] - 1, dtype=torch.bool, device=device)
+    learned[:, shape[1] // 2 :] = True
+    hidden_size = model.get_base_model().config.hidden_size
+    dtype = getattr(torch, settings["dtype"])
+    return input_ids, learned, torch.randn(int(learned.sum()), hidden_size, dtype=dtype, device=device)
+
+
+def _measure(model: torch.nn.Module, settings: Settings, loss: Any) -> dict[str, Any]:
+    model.train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3, weight_decay=0.0)
+
+    def step() -> None:
+        loss().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    with PeakMemory(settings) as memory:
+        seconds = timed(settings, step, settings["steps"])
+    return {"seconds": seconds, "memory_mb": memory.bytes / 2**20}
+
+
+def main() -> None:
+    parser = base_parser(__doc__)
+    parser.add_argument("--num-tokens", type=int, nargs="+", default=[256, 512, 1024, 2048, 4096, 8192])
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--length", type=int, default=128)
+    parser.add_argument("--steps", type=int, default=5)
+    args = parser.parse_args()
+    if serve_worker(args, WORKERS):
+        return
+    rows, results = [], {}
+    for num_tokens in args.num_tokens:
+        settings = worker_settings(args, num_tokens=num_tokens)
+        measured = run_in_turns("benchmarks.train_step", list(WORKERS), settings, args.rounds)
+        results[num_tokens] = measured
+        fast, slow = (median(measured[name], "seconds") for name in WORKERS)
+        small, large = (median(measured[name], "memory_mb") for name in WORKERS)
+        rows.append(
+            [
+                num_tokens,
+                fast,
+                slow,
+                slow / fast if slow and fast else None,
+                small,
+                large,
+                large / small if small and large else None,
+                spread(measured["ours"], "seconds"),
+            ]
+        )
+    print_table(
+        [
+            "cartridge tokens",
+            "ours, s",
+            "stock PEFT, s",
+            "speed ratio",
+            "ours, MB",
+            "stock PEFT, MB",
+            "memory ratio",
+            "spread",
+        ],
+        rows,
+    )
+    save(args, "train_step", results)
+
+
+if __name__ == "__main__":
+    main()
