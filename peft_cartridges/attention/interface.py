@@ -150,7 +150,8 @@ def _part(
     # A prefix token j is seen from position i while i - j < sliding_window; from the first real token on, at
     # i = num_tokens, all but the last sliding_window - 1 are out of sight.
     first = max(0, num_tokens - sliding_window + 1)
-    positions = position_ids[0] if position_ids.ndim == 3 else position_ids
+    # Models with several position axes tell the text's first; some drop the queries whose logits nobody asks for.
+    positions = (position_ids[0] if position_ids.ndim == 3 else position_ids)[..., -query.shape[2] :]
     positions = positions.expand(query.shape[0], -1) if prefix.rows is None else positions[prefix.rows]
     distance = positions[..., None] - torch.arange(first, num_tokens, device=positions.device)
     mask = torch.zeros(distance.shape, dtype=query.dtype, device=query.device)

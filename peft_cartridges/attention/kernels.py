@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from . import tiled_bfloat16
+
 _flash_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_cpu_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
@@ -32,6 +34,8 @@ class Scoring:
 
 def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scoring: Scoring) -> tuple[Tensor, Tensor]:
     """Output and log-sum-exp of one part."""
+    if _tiles_pay(query, key, value, mask, scoring):
+        return tiled_bfloat16.attend_tiled(query, key, value, scoring.scale)
     if _has_flash_cpu(query, key, value, scoring):
         return _flash_cpu(query, key, value, 0.0, scoring.causal, attn_mask=mask, scale=scoring.scale)
     return _attend_math(query, key, value, mask, scoring)
@@ -48,11 +52,18 @@ def attend_backward(
     scoring: Scoring,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value, for an output and log-sum-exp that may be those of a merged attention."""
+    if _tiles_pay(query, key, value, mask, scoring):
+        return tiled_bfloat16.attend_tiled_backward(grad, query, key, value, output, lse, scoring.scale)
     if _has_flash_cpu(query, key, value, scoring):
         return _flash_cpu_backward(
             grad, query, key, value, output, lse, 0.0, scoring.causal, attn_mask=mask, scale=scoring.scale
         )
     return _attend_math_backward(grad, query, key, value, output, lse, mask, scoring)
+
+
+def _tiles_pay(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scoring: Scoring) -> bool:
+    plain = mask is None and not scoring.causal and scoring.softcap is None
+    return plain and query.dtype == key.dtype == value.dtype and tiled_bfloat16.is_faster(query, key)
 
 
 def _has_flash_cpu(query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> bool:

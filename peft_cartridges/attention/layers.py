@@ -196,6 +196,12 @@ def _refuse_unsupported(
                 raise UnsupportedModelError(
                     f"`{layer.name}` ({type(layer.module).__name__}) cannot hold a prefix: {reason}."
                 )
+    if "hybrid" in {kind.removesuffix("_sliding") for kind in types} and not skip_unsupported:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has layers with a recurrent state beside their attention (layer types: "
+            f"{', '.join(sorted(set(types)))}), which a prefix of keys and values does not hold. "
+            "`CartridgeConfig(skip_unsupported_layers=True)` puts a cartridge into the attention only."
+        )
     if found == expected or (skip_unsupported and layers and set(found) < set(expected)):
         _refuse_untold_window(model, config, layers)
         return

@@ -1,0 +1,68 @@
+"""What a self-study costs as the corpus, the cartridge and the number of conversations grow.
+
+    python -m benchmarks.scaling
+
+One of the three is varied at a time, the others stay at the first value of their list; synthesis and training seconds of
+this package, and a plot beside the JSON (needs matplotlib, which the `eval` extra brings).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from benchmarks import self_study
+from benchmarks.harness import base_parser, median, print_table, run_in_turns, save, worker_settings
+
+
+def main() -> None:
+    parser = base_parser(__doc__)
+    self_study.add_arguments(parser)
+    parser.set_defaults(rounds=1)
+    parser.add_argument("--corpus-lengths", type=int, nargs="+", default=[1000, 2000, 4000])
+    parser.add_argument("--cartridge-lengths", type=int, nargs="+", default=[64, 256, 1024])
+    parser.add_argument("--numbers", type=int, nargs="+", default=[32, 64, 128])
+    args = parser.parse_args()
+    axes = {
+        "document_tokens": args.corpus_lengths,
+        "num_tokens": args.cartridge_lengths,
+        "conversations": args.numbers,
+    }
+    first = {name: values[0] for name, values in axes.items()}
+    points: list[dict[str, Any]] = []
+    for axis, values in axes.items():
+        for value in values:
+            settings = worker_settings(args, **{**first, axis: value})
+            measured = run_in_turns("benchmarks.self_study", ["ours"], settings, args.rounds)["ours"]
+            seconds = {part: median(measured, f"{part}_seconds") for part in ("synthesis", "training")}
+            points.append({"axis": axis, "value": value, **seconds})
+    print_table(
+        ["varied", "value", "synthesis, s", "training, s"],
+        [[point["axis"], point["value"], point["synthesis"], point["training"]] for point in points],
+    )
+    save(args, "scaling", {"first": first, "points": points})
+    _plot(points)
+
+
+def _plot(points: list[dict[str, Any]]) -> None:
+    from matplotlib.figure import Figure
+
+    names = {
+        "document_tokens": "tokens of the corpus",
+        "num_tokens": "tokens of the cartridge",
+        "conversations": "conversations",
+    }
+    figure = Figure(figsize=(11, 3.2), layout="constrained")
+    for axes, axis in zip(figure.subplots(1, 3, sharey=True), names, strict=True):
+        chosen = [point for point in points if point["axis"] == axis]
+        for part in ("synthesis", "training"):
+            axes.plot([point["value"] for point in chosen], [point[part] for point in chosen], marker="o", label=part)
+        axes.set(xlabel=names[axis], ylim=(0, None))
+        axes.grid(alpha=0.3)
+    figure.axes[0].set_ylabel("seconds")
+    figure.axes[0].legend()
+    figure.savefig("benchmarks/results/scaling.png", dpi=150)
+    print("Plot in benchmarks/results/scaling.png")
+
+
+if __name__ == "__main__":
+    main()
