@@ -9,11 +9,21 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from .model_push import wrap_push_to_hub
 from .tuner import CartridgeConfig, CartridgeModel  # registers with PEFT
 
 if TYPE_CHECKING:
     from .attention import UnsupportedModelError, shared_prefix
     from .evaluation import gold_answer_nll
+    from .hub import (
+        HubError,
+        check_base_model,
+        compose,
+        list_cartridges,
+        load_cartridge,
+        pull_cartridge,
+        push_cartridge,
+    )
     from .initialization import initialize_cartridge
     from .kv_prefix import KVPrefix
     from .self_study import SelfStudySynthesizer, SynthesisConfig
@@ -21,7 +31,16 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
+wrap_push_to_hub()
+
 _LAZY = {
+    "push_cartridge": "hub",
+    "pull_cartridge": "hub",
+    "load_cartridge": "hub",
+    "list_cartridges": "hub",
+    "compose": "hub",
+    "check_base_model": "hub",
+    "HubError": "hub",
     "KVPrefix": "kv_prefix",
     "SelfStudyConfig": "trainer",
     "SelfStudySynthesizer": "self_study",
@@ -36,14 +55,21 @@ _LAZY = {
 __all__ = [
     "CartridgeConfig",
     "CartridgeModel",
+    "HubError",
     "KVPrefix",
     "SelfStudyConfig",
     "SelfStudySynthesizer",
     "SelfStudyTrainer",
     "SynthesisConfig",
     "UnsupportedModelError",
+    "check_base_model",
+    "compose",
     "gold_answer_nll",
     "initialize_cartridge",
+    "list_cartridges",
+    "load_cartridge",
+    "pull_cartridge",
+    "push_cartridge",
     "shared_prefix",
 ]
 

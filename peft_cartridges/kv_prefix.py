@@ -142,6 +142,7 @@ class KVPrefix:
             ValueError: the cache is empty, holds another kind of state than keys and values, or has fewer tokens.
         """
         keys, values = [], []
+        layer: Any
         for index, layer in enumerate(cache.layers):
             if not isinstance(getattr(layer, "keys", None), Tensor) or layer.keys.ndim != 4 or layer.keys.shape[2] == 0:
                 raise ValueError(f"Layer {index} of the cache ({type(layer).__name__}) holds no keys and values.")
@@ -191,7 +192,7 @@ class KVPrefix:
         return stacked.permute(2, 0, 1, 3).reshape(self.num_tokens, -1).contiguous()
 
     def to_cache(self, batch_size: int = 1) -> DynamicCache:
-        """A `DynamicCache` to pass as `past_key_values`, without this package: one copy for each of `batch_size` rows."""
+        """A `DynamicCache` to pass as `past_key_values`, without this package: a copy for each of `batch_size` rows."""
         cache = DynamicCache()
         for key, value in zip(self.keys, self.values, strict=True):
             layer = DynamicLayer()
@@ -243,7 +244,7 @@ class KVPrefix:
         return KVPrefix(tuple(map(function, self.keys)), tuple(map(function, self.values)))
 
 
-def _cache_that_keeps_all(model: nn.Module) -> DynamicCache:
+def _cache_that_keeps_all(model: Any) -> DynamicCache:
     """A cache that keeps every token, also in sliding-window layers: which of them a later token still sees is decided
     when the prefix is used. Layers that are no attention get the state they need (and no part in the prefix)."""
     config = model.config.get_text_config(decoder=True)
@@ -254,7 +255,7 @@ def _cache_that_keeps_all(model: nn.Module) -> DynamicCache:
     return cache
 
 
-def _device(model: nn.Module) -> torch.device:
+def _device(model: Any) -> torch.device:
     embeddings = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else model
     return next(embeddings.parameters()).device
 

@@ -13,7 +13,7 @@ import torch
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line(
         "markers",
-        "supports(section, what, refused=False): a row of docs/supported.md; see tests/support_table.py",
+        "supports(section, what, on=, refused=False): a part of docs/supported.md; see tests/support_table.py",
     )
 
 

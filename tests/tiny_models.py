@@ -52,6 +52,17 @@ def _vision_language(name: str, text_name: str, vision: dict[str, Any], **option
 
 _LAYERS_OF_GEMMA_3 = ["sliding_attention", "full_attention", "sliding_attention"]
 
+# The last two layers attend to the keys and values of the two before.
+_SHARING = {
+    "head_dim": 8,
+    "sliding_window": WINDOW,
+    "num_hidden_layers": 4,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "num_kv_shared_layers": 2,
+    "hidden_size_per_layer_input": 8,
+    "vocab_size_per_layer_input": VOCAB_SIZE,
+}
+
 # name -> (class of the model, its configuration)
 ARCHITECTURES: dict[str, tuple[str, Callable[..., Any]]] = {
     "llama": ("LlamaForCausalLM", _causal_lm("Llama")),
@@ -114,8 +125,34 @@ ARCHITECTURES: dict[str, tuple[str, Callable[..., Any]]] = {
             moe_intermediate_size=16, n_shared_experts=1, first_k_dense_replace=1,
         ),
     ),
+    "gemma3n": ("Gemma3nForCausalLM", _causal_lm("Gemma3nText", altup_num_inputs=2, laurel_rank=4, **_SHARING)),
+    "gemma4": ("Gemma4ForCausalLM", _causal_lm("Gemma4Text", global_head_dim=16, **_SHARING)),
 }  # fmt: skip
 
+
+# Layers with another memory than keys and values: a cartridge goes into the attention layers if the config says so.
+HYBRIDS: dict[str, tuple[str, Callable[..., Any]]] = {
+    "qwen3_next": (
+        "Qwen3NextForCausalLM",
+        _causal_lm(
+            "Qwen3Next", head_dim=8, num_hidden_layers=4, shared_expert_intermediate_size=16, linear_key_head_dim=8,
+            linear_value_head_dim=8, linear_num_key_heads=2, linear_num_value_heads=2, **_MOE,
+            layer_types=["linear_attention", "full_attention"] * 2,
+        ),
+    ),
+    "lfm2": ("Lfm2ForCausalLM", _causal_lm("Lfm2", num_hidden_layers=4, layer_types=["conv", "full_attention"] * 2)),
+    "jamba": (
+        "JambaForCausalLM",
+        _causal_lm(
+            "Jamba", num_hidden_layers=4, num_experts=2, attn_layer_period=2, attn_layer_offset=1,
+            use_mamba_kernels=False, mamba_dt_rank=4,
+        ),
+    ),
+    "falcon_h1": (
+        "FalconH1ForCausalLM",
+        _causal_lm("FalconH1", head_dim=8, mamba_d_ssm=32, mamba_n_heads=4, mamba_d_head=8, mamba_d_state=8),
+    ),
+}  # fmt: skip
 
 # These do not implement sdpa (soft caps, sinks).
 _EAGER_ONLY = ("gemma2", "gpt_oss")
@@ -133,10 +170,11 @@ def tiny_model(
 
     Weights are drawn wide, so that attention is far from uniform and an error in it shows.
     """
-    config = ARCHITECTURES[name][1](**changes)
+    class_name, make_config = {**ARCHITECTURES, **HYBRIDS}[name]
+    config = make_config(**changes)
     attn = attn or ("eager" if name in _EAGER_ONLY else "sdpa")
     torch.manual_seed(seed)
-    model = getattr(transformers, ARCHITECTURES[name][0])._from_config(config, attn_implementation=attn)
+    model = getattr(transformers, class_name)._from_config(config, attn_implementation=attn)
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():
             if parameter.ndim >= 2:
@@ -167,7 +205,7 @@ _CHAT_TEMPLATE = (
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    """A tokenizer of whole words (`_WORDS`, then `w42`, `w43`, … up to the models' vocabulary), with a chat template."""
+    """A tokenizer of whole words (`_WORDS`, then `w42`, … up to the models' vocabulary), with a chat template."""
     words = _WORDS + [f"w{index}" for index in range(len(_WORDS), VOCAB_SIZE)]
     tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()

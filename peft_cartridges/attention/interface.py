@@ -83,11 +83,14 @@ def shared_prefix_attention_forward(
     if (paged_cache := kwargs.pop("cache", None)) is not None:  # continuous batching (`generate_batch`)
         if flash:
             raise UnsupportedModelError(
-                "Continuous batching with flash attention reads its paged cache inside the kernel, where a prefix cannot "
-                'join. Load the model with `attn_implementation="sdpa"`.'
+                "Continuous batching with flash attention reads its paged cache inside the kernel, where a prefix "
+                'cannot join. Load the model with `attn_implementation="sdpa"`.'
             )
         key, value = paged_cache.update(
-            key_states=key, value_states=value, layer_idx=module.layer_idx, kwargs={"position_ids": position_ids, **kwargs}
+            key_states=key,
+            value_states=value,
+            layer_idx=module.layer_idx,
+            kwargs={"position_ids": position_ids, **kwargs},
         )
     if kwargs.get("position_bias") is not None:
         raise UnsupportedModelError(
@@ -97,6 +100,7 @@ def shared_prefix_attention_forward(
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)
     if flash:
+        assert not isinstance(attention_mask, BlockMask)
         if attention_mask is not None:  # may be shorter than a static cache, whose rest is not written yet
             key, value = key[:, :, : attention_mask.shape[-1]], value[:, :, : attention_mask.shape[-1]]
         attention_mask = flash_mask(
@@ -159,7 +163,7 @@ def _part(
     return PrefixPart(*_expand(module, prefix_key[:, first:], prefix_value[:, first:]), mask, prefix.rows)
 
 
-def _expand(module: nn.Module, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+def _expand(module: Any, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
     """Latent attention (MLA) caches compressed keys and values, which the module expands to what is attended to."""
     if not hasattr(module, "expand_kv"):
         return key, value

@@ -44,12 +44,12 @@ class AttentionLayer:
     """
 
     name: str
-    module: nn.Module
+    module: Any
     layer_idx: int
     num_key_value_heads: int
     key_dim: int
     value_dim: int
-    readers: tuple[tuple[str, nn.Module], ...] = ()
+    readers: tuple[tuple[str, Any], ...] = ()
 
 
 def find_attention_layers(model: nn.Module, *, skip_unsupported: bool = False) -> list[AttentionLayer]:
@@ -68,7 +68,9 @@ def find_attention_layers(model: nn.Module, *, skip_unsupported: bool = False) -
             f"`model` is an encoder–decoder ({type(model).__name__}): a prefix of keys and values stands in front of a "
             "decoder-only language model's tokens. Use a causal LM (`AutoModelForCausalLM`)."
         )
-    modules = [(name, module) for name, module in model.named_modules() if _can_hold_prefix(module)]
+    modules: list[tuple[str, Any]] = [
+        (name, module) for name, module in model.named_modules() if _can_hold_prefix(module)
+    ]
     modules.sort(key=lambda named: named[1].layer_idx)
     readers = [named for named in modules if getattr(named[1], "is_kv_shared_layer", False)]
     layers = [
@@ -107,7 +109,7 @@ def get_text_config(model: nn.Module) -> Any:
     Raises:
         UnsupportedModelError: `model` is not a transformers model.
     """
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     if not hasattr(config, "get_text_config"):
         raise UnsupportedModelError(
             f"`model` is a {type(model).__name__} without a transformers configuration: pass a transformers causal LM."
@@ -126,7 +128,7 @@ def execution_device(module: nn.Module) -> torch.device:
 
 
 @cache
-def _uses_attention_interface(module_class: type[nn.Module]) -> bool:
+def _uses_attention_interface(module_class: Any) -> bool:
     forward = inspect.unwrap(module_class.forward)
     parameters = inspect.signature(forward).parameters
     return (
@@ -138,20 +140,20 @@ def _uses_attention_interface(module_class: type[nn.Module]) -> bool:
 
 def _can_hold_prefix(module: nn.Module) -> bool:
     return (
-        _uses_attention_interface(type(module))
+        _uses_attention_interface(type(module))  # type: ignore[arg-type] # classes are hashable
         and isinstance(getattr(module, "layer_idx", None), int)
         and getattr(module, "is_causal", True)
         and not getattr(module, "is_cross_attention", False)
     )
 
 
-def _readers_of(module: nn.Module, readers: list[tuple[str, nn.Module]]) -> tuple[tuple[str, nn.Module], ...]:
+def _readers_of(module: Any, readers: list[tuple[str, Any]]) -> tuple[tuple[str, Any], ...]:
     if not getattr(module, "store_full_length_kv", False):
         return ()
     return tuple(named for named in readers if named[1].layer_type == module.layer_type)
 
 
-def _cached_shape(name: str, module: nn.Module) -> tuple[int, int, int]:
+def _cached_shape(name: str, module: Any) -> tuple[int, int, int]:
     """(num_key_value_heads, key_dim, value_dim) of what `module` puts into a cache for one token."""
     config: Any = module.config
     if (per_layer := getattr(config, "per_layer_config", None)) is not None:

@@ -125,8 +125,8 @@ class _SharedPrefixAttention(torch.autograd.Function):
         d_query, d_key, d_value = _attend_rows_backward(grad, query, key, value, output, lse, mask, ctx.scoring)
         d_tensors: list[Tensor] = []
         for (part_mask, rows), part_key, part_value in zip(ctx.about, tensors[0::2], tensors[1::2], strict=True):
-            seen = (grad, query, output, lse) if rows is None else (t[rows] for t in (grad, query, output, lse))
-            d_part, *d_prefix = _attend_prefix_backward(*seen, part_key, part_value, part_mask, ctx.scoring)
+            g, q, out, total = (t if rows is None else t[rows] for t in (grad, query, output, lse))
+            d_part, *d_prefix = _attend_prefix_backward(g, q, out, total, part_key, part_value, part_mask, ctx.scoring)
             d_query = d_query + d_part if rows is None else d_query.index_add(0, rows, d_part)
             d_tensors.extend(d_prefix)
         d_sinks = None
@@ -256,11 +256,11 @@ def concatenated_attention(
     batch, heads, q_len, _ = query.shape
     groups = heads // key.shape[1]
     hidden = torch.finfo(query.dtype).min
-    keys, values, masks = [], [], []
+    key_parts, value_parts, masks = [], [], []
     for part in prefixes:
         num_tokens = part.key.shape[1]
-        keys.append(part.key.expand(batch, *part.key.shape))
-        values.append(part.value.expand(batch, *part.value.shape))
+        key_parts.append(part.key.expand(batch, *part.key.shape))
+        value_parts.append(part.value.expand(batch, *part.value.shape))
         seen = query.new_zeros(batch, q_len, num_tokens)
         if part.rows is not None:
             seen = seen.fill_(hidden).index_fill_(0, part.rows, 0.0)
@@ -272,7 +272,7 @@ def concatenated_attention(
     if scoring.causal:
         own = own.masked_fill(torch.ones(own.shape[-2:], dtype=torch.bool, device=own.device).triu(1), hidden)
     masks = [part.expand(batch, own.shape[1], -1, -1) for part in masks]
-    keys, values = torch.cat([*keys, key], dim=2), torch.cat([*values, value], dim=2)
+    keys, values = torch.cat([*key_parts, key], dim=2), torch.cat([*value_parts, value], dim=2)
     scores = query @ _repeat(keys, groups).transpose(-1, -2) * scoring.scale
     if scoring.softcap is not None:
         scores = scoring.softcap * torch.tanh(scores / scoring.softcap)

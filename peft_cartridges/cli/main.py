@@ -10,7 +10,13 @@ from collections.abc import Sequence
 from .. import __version__
 
 # Command -> (module beside this one, one line of help)
-COMMANDS: dict[str, tuple[str, str]] = {}
+COMMANDS: dict[str, tuple[str, str]] = {
+    "compose": ("compose", "Join several cartridges into one."),
+    "list": ("list", "List the cartridges on the Hub."),
+    "pull": ("pull", "Fetch a cartridge from the Hub and check it."),
+    "push": ("push", "Put a cartridge on the Hub, with its card."),
+    "synthesize": ("synthesize", "Write the self-study data set of a corpus, or preview it."),
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,13 +1,14 @@
-"""Cutting a corpus into chunks: random token spans that together cover every document evenly."""
+"""Cutting a corpus into chunks: random spans that together cover every document evenly."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ..chat import get_tokenizer
+from .chunk_borders import MODES, choose_border, find_borders, resolve_mode
 
 
 @dataclass(frozen=True)
@@ -18,11 +19,18 @@ class Document:
         id: Names the document in chunk ids.
         text: The text.
         description: A sentence on what the text is; it is shown to the model in front of each chunk.
+        title: Its title, shown in front of the description.
     """
 
     id: str
     text: str
     description: str = ""
+    title: str = ""
+
+    @property
+    def heading(self) -> str:
+        """What stands in front of each of its chunks: title and description."""
+        return "\n".join(part for part in (self.title, self.description) if part)
 
 
 @dataclass(frozen=True)
@@ -34,7 +42,7 @@ class Chunk:
         document_id: The document that it comes from.
         start, end: The span in tokens of the document, end excluded.
         text: The text of the span.
-        description: The document's description.
+        description: What the document's title and description say of it.
     """
 
     id: str
@@ -52,7 +60,7 @@ class Chunk:
 
 def as_documents(corpus: Any) -> list[Document]:
     """Documents from a text, several texts, or rows with a `text` column (a `datasets.Dataset`, a list of dicts);
-    columns `id` (or `title`) and `description` are used where there are any.
+    columns `id`, `title` and `description` are used where there are any. An id that occurs again gets a number.
 
     Raises:
         ValueError: the corpus is empty, a document is empty, or the rows have no `text` column.
@@ -64,6 +72,11 @@ def as_documents(corpus: Any) -> list[Document]:
     for number, document in enumerate(documents):
         if not document.text.strip():
             raise ValueError(f"Document {number} of the corpus (`{document.id}`) is empty: leave it out or fill it.")
+    seen: set[str] = set()
+    for number, document in enumerate(documents):
+        if document.id in seen:
+            documents[number] = replace(document, id=f"{document.id}#{number}")
+        seen.add(documents[number].id)
     return documents
 
 
@@ -75,64 +88,117 @@ def _as_document(number: int, row: Any) -> Document:
     if not isinstance(row, Mapping) or "text" not in row:
         columns = f"the columns {sorted(row)}" if isinstance(row, Mapping) else f"rows of type {type(row).__name__}"
         raise ValueError(f"The corpus has no `text` column but {columns}: rename the column with the texts to `text`.")
+    if not isinstance(row["text"], str):
+        raise ValueError(f"Row {number} of the corpus has a `text` of type {type(row['text']).__name__}, not a string.")
     name = row.get("id") or row.get("title") or f"doc{number}"
-    return Document(str(name), row["text"], row.get("description") or "")
+    title = row.get("title") if row.get("id") else None
+    return Document(str(name), row["text"], row.get("description") or "", title or "")
 
 
-def chunk_corpus(
-    documents: Iterable[Document], processing_class: Any, *, min_tokens: int, max_tokens: int, seed: int
-) -> Iterator[Chunk]:
-    """Chunks without end: tiling after tiling of the whole corpus, each with new random borders.
-
-    A tiling cuts every document into spans of `min_tokens` to `max_tokens` tokens, so after any whole number of
-    tilings all of the corpus is covered alike (the paper draws spans independently, which leaves gaps). A document
-    shorter than `min_tokens` is one chunk; the last span of a document overlaps the one before where it would be too
-    short.
+class Chunker:
+    """Cuts the documents of a corpus.
 
     Args:
         documents: See `as_documents`.
         processing_class: A fast tokenizer, or a processor with one.
         min_tokens, max_tokens: Bounds of a chunk's length (paper: 512 and 4096).
-        seed: The same seed gives the same chunks.
+        mode: Where cuts are made: `tokens` (anywhere, as in the paper), `sentences`, `sections` (headings), `files`
+            (blocks of source code) or `auto` (by file ending).
 
     Raises:
-        ValueError: the bounds are out of order, or the tokenizer tells no character offsets.
+        ValueError: the bounds are out of order, the mode is unknown, two documents have one id, or the tokenizer tells
+            no character offsets.
     """
-    if not 1 <= min_tokens <= max_tokens:
-        raise ValueError(
-            f"`min_chunk_tokens` ({min_tokens}) must be at least 1 and at most `max_chunk_tokens` ({max_tokens})."
-        )
-    tokenizer = get_tokenizer(processing_class)
-    if not getattr(tokenizer, "is_fast", False):
-        raise ValueError(
-            "`processing_class` is a slow tokenizer without character offsets: load it with `use_fast=True`."
-        )
-    encoded = [
-        (document, tokenizer(document.text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"])
-        for document in documents
-    ]
-    rng = random.Random(seed)
-    while True:
-        spans = [
-            (document, offsets, start, end)
-            for document, offsets in encoded
-            for start, end in _tile(len(offsets), min_tokens, max_tokens, rng)
-        ]
-        rng.shuffle(spans)
-        for document, offsets, start, end in spans:
-            text = document.text[offsets[start][0] : offsets[end - 1][1]]
-            yield Chunk(f"{document.id}:{start}-{end}", document.id, start, end, text, document.description)
+
+    def __init__(
+        self,
+        documents: Iterable[Document],
+        processing_class: Any,
+        *,
+        min_tokens: int,
+        max_tokens: int,
+        mode: str = "tokens",
+    ) -> None:
+        if not 1 <= min_tokens <= max_tokens:
+            raise ValueError(
+                f"`min_chunk_tokens` ({min_tokens}) must be at least 1 and at most `max_chunk_tokens` ({max_tokens})."
+            )
+        if mode not in MODES:
+            raise ValueError(f"`chunking` is {mode!r}; there are: {', '.join(MODES)}.")
+        tokenizer = get_tokenizer(processing_class)
+        if not getattr(tokenizer, "is_fast", False):
+            raise ValueError(
+                "`processing_class` is a slow tokenizer without character offsets: load it with `use_fast=True`."
+            )
+        self.min_tokens, self.max_tokens = min_tokens, max_tokens
+        self._encoded: list[tuple[Document, Any, list[list[int]]]] = []
+        seen: set[str] = set()
+        for document in documents:
+            if document.id in seen:
+                raise ValueError(f"Two documents of the corpus have the id `{document.id}`: ids must differ.")
+            seen.add(document.id)
+            # verbose: a corpus may be longer than the model's window, it is about to be cut
+            encoded = tokenizer(document.text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+            offsets = encoded["offset_mapping"]
+            borders = find_borders(document.text, offsets, resolve_mode(mode, document.id))
+            self._encoded.append((document, offsets, borders))
+
+    @property
+    def lengths(self) -> dict[str, int]:
+        """Tokens of each document, by its id."""
+        return {document.id: len(offsets) for document, offsets, _ in self._encoded}
+
+    def chunks(self, seed: int) -> Iterator[Chunk]:
+        """Chunks without end: tiling after tiling of the whole corpus, each with new random borders.
+
+        A tiling cuts every document into spans of `min_tokens` to `max_tokens` tokens, so after any whole number of
+        tilings all of the corpus is covered alike (the paper draws spans independently, which leaves gaps). A document
+        shorter than `min_tokens` is one chunk; the last span of a document overlaps the one before where it would be
+        too short. The same seed gives the same chunks.
+        """
+        rng = random.Random(seed)
+        while True:
+            spans = [
+                (document, offsets, start, end)
+                for document, offsets, borders in self._encoded
+                for start, end in _tile(len(offsets), self.min_tokens, self.max_tokens, borders, rng)
+            ]
+            rng.shuffle(spans)
+            for document, offsets, start, end in spans:
+                text = document.text[offsets[start][0] : offsets[end - 1][1]]
+                yield Chunk(f"{document.id}:{start}-{end}", document.id, start, end, text, document.heading)
 
 
-def _tile(num_tokens: int, min_tokens: int, max_tokens: int, rng: random.Random) -> list[tuple[int, int]]:
+def chunk_corpus(
+    documents: Iterable[Document],
+    processing_class: Any,
+    *,
+    min_tokens: int,
+    max_tokens: int,
+    seed: int,
+    mode: str = "tokens",
+) -> Iterator[Chunk]:
+    """`Chunker.chunks` of a new `Chunker`."""
+    chunker = Chunker(documents, processing_class, min_tokens=min_tokens, max_tokens=max_tokens, mode=mode)
+    return chunker.chunks(seed)
+
+
+def _tile(
+    num_tokens: int, min_tokens: int, max_tokens: int, borders: Sequence[Sequence[int]], rng: random.Random
+) -> list[tuple[int, int]]:
     if num_tokens <= min_tokens:
         return [(0, num_tokens)]
     spans, start = [], 0
     while start < num_tokens:
         end = start + rng.randint(min_tokens, max_tokens)
         if end >= num_tokens:
-            spans.append((min(start, num_tokens - min_tokens), num_tokens))
+            # moved back to a border that keeps it long enough, or as far as it takes
+            first = min(start, num_tokens - min_tokens)
+            if first < start:
+                first = choose_border(borders, max(0, num_tokens - max_tokens), first, first)
+            spans.append((first, num_tokens))
             break
+        end = choose_border(borders, start + min_tokens, min(start + max_tokens, num_tokens), end)
         spans.append((start, end))
         start = end
     return spans

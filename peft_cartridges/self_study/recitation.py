@@ -22,6 +22,11 @@ _QUOTE = (
     "Recite the part of the text that starts “{cue}”.",
     "What does the text say, word for word, from “{cue}” on?",
 )
+_FILL = (
+    "Between “{cue}” and “{end}” the text says something. Quote it.",
+    "What stands in the text after “{cue}” and before “{end}”? Answer word for word.",
+    "Fill the gap with the words of the text: “{cue} … {end}”",
+)
 
 
 def split_sentences(text: str) -> list[str]:
@@ -30,17 +35,24 @@ def split_sentences(text: str) -> list[str]:
 
 
 def draw_recitation(text: str, rng: random.Random, *, max_words: int = 60) -> tuple[str, str]:
-    """A request and its answer: up to `max_words` words of `text`, cut at sentences where there are any."""
+    """A request and its answer: up to `max_words` words of `text`, cut at sentences where there are any. The request
+    names what stands in front of the passage, or on both sides of it, or how it begins."""
     sentences = split_sentences(text)
     first = rng.randrange(len(sentences))
-    passage = sentences[first]
+    passage, last = sentences[first], first
     for sentence in sentences[first + 1 :]:
         if len(passage.split()) + len(sentence.split()) > max_words:
             break
-        passage = f"{passage} {sentence}"
-    words = passage.split()[:max_words]
+        passage, last = f"{passage} {sentence}", last + 1
+    words = passage.split()
+    whole = len(words) <= max_words
+    words = words[:max_words]
     passage = " ".join(words)
-    if first > 0 and rng.random() < 0.5:
+    way = rng.random()
+    if first > 0 and way < 0.5:
         cue = " ".join(sentences[first - 1].split()[-12:])
+        if whole and last + 1 < len(sentences) and way < 0.15:
+            end = " ".join(sentences[last + 1].split()[:12])
+            return rng.choice(_FILL).format(cue=cue, end=end), passage
         return rng.choice(_CONTINUE).format(cue=cue), passage
     return rng.choice(_QUOTE).format(cue=" ".join(words[: min(5, len(words))])), passage

@@ -60,6 +60,21 @@ _FOCUS = (
 )
 
 
+# What the asking side is told after an answer, and what a question ends with that wants its answer reasoned out.
+FOLLOW_UPS = (
+    "Now ask a further question about the text above that builds on this answer. Reply with the question only.",
+    "Ask about something that this answer leaves open and the text above tells. One question only.",
+    "Write a follow-up question on another detail of the text above. It must make sense in this conversation.",
+    "Ask for more details on one thing that this answer mentions. Reply with the question only.",
+)
+CHAIN_OF_THOUGHT = (
+    "Think step by step, then answer.",
+    "First recall what the text says about this, then conclude.",
+    "Explain your reasoning before you answer.",
+    "List the relevant facts first, and then give the answer.",
+)
+
+
 def draw_seed_prompt(seed_type: str, rng: random.Random, *, passage: str | None = None) -> str:
     """One phrasing of a type, about a passage of the chunk if one is given.
 

@@ -2,41 +2,31 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
+import json
 import random
-from collections.abc import Iterator
+from collections import Counter
+from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from datasets import Dataset, Features, List, Value
-from peft import PeftModel
-from torch import Tensor, nn
-from tqdm.auto import tqdm
+from datasets import Dataset, concatenate_datasets
+from torch import nn
 
-from ..attention import shared_prefix
-from ..chat import get_tokenizer
-from ..hidden_states import predicting_states
-from ..kv_prefix import KVPrefix
-from .backends import TransformersBackend
-from .chunking import Chunk, as_documents, chunk_corpus
-from .conversation import Conversation, encode_answer, encode_question
-from .recitation import draw_recitation, split_sentences
-from .seed_prompts import draw_seed_prompt
+from .backends import Backend, TransformersBackend
+from .chat_template_arguments import WithTemplateArguments, parse_template_arguments
+from .chunk_study import ChunkStudy
+from .chunking import Chunk, Chunker, Document, as_documents
+from .dialogue import SeedPrompts
+from .features import FEATURES, make_features
+from .processes import Processes
+from .progress import Progress
+from .quality import Candidate, make_filters
+from .run_identity import claim_folder, run_identity, write_run_file
+from .shards import Shards, ShardsInMemory
 from .synthesis_config import SynthesisConfig
+from .synthesis_report import make_report
 
-FEATURES = Features(
-    {
-        "messages": List({"role": Value("string"), "content": Value("string")}),
-        "input_ids": List(Value("int32")),
-        "completion_mask": List(Value("int8")),
-        "teacher_hidden_states": List(Value("float16")),
-        "chunk_id": Value("string"),
-        "context": Value("string"),
-        "seed_type": Value("string"),
-    }
-)
+__all__ = ["FEATURES", "SelfStudySynthesizer"]
 
 
 class SelfStudySynthesizer:
@@ -44,127 +34,200 @@ class SelfStudySynthesizer:
     answers them (B), both with the chunk in context, which is prefilled once and shared by all.
 
     Args:
-        model: A transformers causal LM, or a PEFT model (its cartridge is disabled meanwhile).
-        processing_class: Its tokenizer or processor, with a chat template.
+        model: A transformers causal LM, or a PEFT model (its cartridge is disabled meanwhile); `None` with a `backend`
+            that has a model of its own.
+        processing_class: Tokenizer or processor of the model, with a chat template.
         args: Settings.
+        backend: What generates and scores, instead of `model`: `VLLMBackend` or `OpenAIBackend`.
+        seed_prompts: Texts, or a callable that is given a chunk and a `random.Random` and gives a text; used instead
+            of the built-in seed prompts.
 
     Example:
 
     ```python
-    dataset = SelfStudySynthesizer(model, tokenizer, SynthesisConfig(num_conversations=512)).synthesize(text)
+    synthesizer = SelfStudySynthesizer(model, tokenizer, SynthesisConfig(num_conversations=512))
+    dataset = synthesizer.synthesize(text, output_dir="handbook-self-study")
     ```
+
+    Raises:
+        ValueError: the back end cannot give the targets that `args.teacher_targets` wants.
     """
 
-    def __init__(self, model: nn.Module, processing_class: Any, args: SynthesisConfig | None = None) -> None:
-        self.model = model
-        self.processing_class = processing_class
+    def __init__(
+        self,
+        model: nn.Module | None,
+        processing_class: Any,
+        args: SynthesisConfig | None = None,
+        *,
+        backend: Backend | None = None,
+        seed_prompts: SeedPrompts | None = None,
+    ) -> None:
         self.args = args if args is not None else SynthesisConfig()
-        self._backend = TransformersBackend(model, processing_class, batch_size=self.args.generation_batch_size)
+        arguments = parse_template_arguments(self.args.chat_template_kwargs)
+        self.processing_class = WithTemplateArguments(processing_class, arguments) if arguments else processing_class
+        if backend is None:
+            if model is None:
+                raise ValueError("`model` is missing: pass a causal LM, or a `backend` that has one.")
+            batch_size, refill = self.args.generation_batch_size, self.args.refill_finished_rows
+            backend = TransformersBackend(model, processing_class, batch_size=batch_size, refill=refill)
+        if self.args.teacher_targets not in backend.target_kinds:
+            raise ValueError(
+                f"`teacher_targets` is {self.args.teacher_targets!r}, but {type(backend).__name__} gives "
+                f"{', '.join(backend.target_kinds)} only: set `teacher_targets={backend.target_kinds[0]!r}`."
+            )
+        self.backend: Backend = backend
+        self.seed_prompts: SeedPrompts | None = seed_prompts or self.args.seed_prompts or None
 
-    def synthesize(self, corpus: Any) -> Dataset:
+    def synthesize(
+        self, corpus: Any, output_dir: str | Path | None = None, *, corpus_name: str | None = None
+    ) -> Dataset:
         """The data set of a corpus.
 
         Args:
-            corpus: A text, several texts, or rows with a `text` column; see `as_documents`.
+            corpus: A text, several texts, or rows with a `text` column; see `as_documents` (and `load_corpus` for
+                files, folders and data sets by name).
+            output_dir: Where finished chunks are kept. A run that was killed is carried on by the same call, and
+                processes that accelerate launched share the chunks. Without it all is in memory, and each process
+                makes the whole data set.
+            corpus_name: Stands in the data set's description.
 
         Returns:
             Rows with `messages`, `input_ids` (what the student sees behind its cartridge), `completion_mask` (1 where a
-            token is learned), `teacher_hidden_states` (flat `[learned tokens * hidden_size]`, what predicts them),
-            `chunk_id`, `context` (the chunk as the teacher has it in context) and `seed_type`.
+            token is learned), the teacher's targets (`teacher_hidden_states`, flat `[learned tokens * hidden_size]`;
+            or `teacher_top_k_ids` and `teacher_top_k_logprobs`, flat `[learned tokens * k]`), `chunk_id`, `context`
+            (the text in the teacher's context), `seed_type`, and `usefulness` where that is measured. Its
+            `info.description` is JSON: what it was made from and what came of it; see `read_report`.
 
         Raises:
-            ValueError: the corpus is empty or has no `text`.
+            ValueError: the corpus is empty or has no `text`, a chunk does not fit into the model's window, nothing was
+                kept, or `output_dir` holds another run.
+            BackendError: the back end failed for good; finished chunks are kept in `output_dir`.
         """
         documents = as_documents(corpus)
-        chunks = chunk_corpus(
+        chunker = self._chunker(documents)
+        identity = run_identity(
+            self.backend,
+            self.processing_class,
+            self.args,
+            documents,
+            corpus_name=corpus_name or _dataset_name(corpus),
+            seed_prompts=self.seed_prompts,
+        )
+        plan = self._plan(chunker)
+        processes = Processes()
+        features = make_features(self.args)
+        shards: Shards | ShardsInMemory
+        if output_dir is None:
+            shards, mine = ShardsInMemory(features), list(range(len(plan)))
+        else:
+            if processes.is_main:
+                claim_folder(Path(output_dir), identity)
+            processes.wait_for_all()
+            if not processes.is_main:
+                claim_folder(Path(output_dir), identity)
+            shards, mine = Shards(output_dir, features), processes.share(range(len(plan)))
+        self._work(plan, mine, shards, shown=processes.is_main)
+        processes.wait_for_all()
+        dataset, report = self._assemble(shards, len(plan), chunker.lengths)
+        description = {**identity, "report": report}
+        if output_dir is not None and processes.is_main:
+            shards.remove_leftovers()
+            write_run_file(Path(output_dir), description)
+        if not len(dataset):
+            raise ValueError(
+                f"No conversation of {report['made']} was kept ({report['dropped']}): loosen `quality_filters`, "
+                "`min_usefulness`, `max_question_tokens` or `max_answer_tokens`, or use a stronger model."
+            )
+        dataset.info.description = json.dumps(description, ensure_ascii=False)
+        return dataset
+
+    def preview(self, corpus: Any, number: int = 4) -> tuple[Dataset, float]:
+        """A few conversations from all over a corpus, with the run's settings; and the tokens that were generated per
+        second meanwhile. The first ones of a run with the same seed are not the same: a preview spreads over more
+        chunks."""
+        chunker = self._chunker(as_documents(corpus))
+        chunks = list(itertools.islice(chunker.chunks(self.args.seed), min(number, 4)))
+        plan = [(chunk, number // len(chunks) + (i < number % len(chunks))) for i, chunk in enumerate(chunks)]
+        shards = ShardsInMemory(make_features(self.args))
+        progress = self._work(plan, list(range(len(plan))), shards, shown=False)
+        return self._assemble(shards, len(plan), chunker.lengths)[0], progress.tokens_per_second
+
+    def _chunker(self, documents: list[Document]) -> Chunker:
+        args = self.args
+        chunker = Chunker(
             documents,
             self.processing_class,
-            min_tokens=self.args.min_chunk_tokens,
-            max_tokens=self.args.max_chunk_tokens,
-            seed=self.args.seed,
+            min_tokens=args.min_chunk_tokens,
+            max_tokens=args.max_chunk_tokens,
+            mode=args.chunking,
         )
-        rows: list[dict[str, Any]] = []
-        total = self.args.num_conversations
-        with self._plain_model(), tqdm(total=total, desc="Self-study", unit="conversation") as progress:
-            for number, chunk in enumerate(chunks):
-                wanted = min(self.args.conversations_per_chunk, total - len(rows))
-                if wanted <= 0:
-                    break
-                rng = random.Random(f"{self.args.seed}/{number}")
-                torch.manual_seed(rng.getrandbits(63))
-                for row in self._study(chunk, wanted, rng):
-                    rows.append(row)
-                    progress.update()
-        return Dataset.from_list(rows, features=FEATURES)
-
-    def _study(self, chunk: Chunk, num_conversations: int, rng: random.Random) -> Iterator[dict[str, Any]]:
-        """The rows of one chunk."""
-        prefix = KVPrefix.from_text(self.model, self.processing_class, chunk.context)
-        with shared_prefix(self.model, prefix):
-            conversations = self._converse(chunk, num_conversations, rng)
-            targets = predicting_states(
-                self.model, [c.turn_ids for c in conversations], [len(c.answer_ids) for c in conversations]
+        longest = min(args.max_chunk_tokens, max(chunker.lengths.values()))
+        needed = longest + args.num_rounds * max(args.max_question_tokens, args.max_answer_tokens)
+        window = self.backend.max_length
+        if window is not None and needed > window:
+            raise ValueError(
+                f"A chunk of {longest} tokens and its conversation need at least {needed} tokens, the model's window "
+                f"has {window}: lower `max_chunk_tokens` ({args.max_chunk_tokens})."
             )
-        for conversation, target in zip(conversations, targets, strict=True):
-            row = conversation.to_row(self.processing_class)
-            yield {**row, "context": chunk.context, "teacher_hidden_states": _as_float16(target)}
+        return chunker
 
-    def _converse(self, chunk: Chunk, num_conversations: int, rng: random.Random) -> list[Conversation]:
-        num_recitations = round(num_conversations * self.args.recitation_share)
-        recitations = [self._recite(chunk, rng) for _ in range(num_recitations)]
-        return recitations + self._ask_and_answer(chunk, num_conversations - num_recitations, rng)
+    def _plan(self, chunker: Chunker) -> list[tuple[Chunk, int]]:
+        """All chunks of the run, each with the conversations that are wanted about it."""
+        total, each = self.args.num_conversations, self.args.conversations_per_chunk
+        number = -(-total // each)
+        chunks = itertools.islice(chunker.chunks(self.args.seed), number)
+        return [(chunk, min(each, total - index * each)) for index, chunk in enumerate(chunks)]
 
-    def _recite(self, chunk: Chunk, rng: random.Random) -> Conversation:
-        question, answer = draw_recitation(chunk.text, rng)
-        prompt_ids = encode_question(self.processing_class, question)
-        answer_ids = encode_answer(self.processing_class, question, answer)
-        return Conversation(chunk.id, "recitation", question, prompt_ids, answer_ids)
+    def _work(
+        self, plan: list[tuple[Chunk, int]], mine: list[int], shards: Shards | ShardsInMemory, *, shown: bool
+    ) -> Progress:
+        """Studies the chunks that are not done; each draws from its own seed, whoever does it and when."""
+        study = ChunkStudy(self.backend, self.processing_class, self.args, self.seed_prompts)
+        done = shards.done()
+        todo = [number for number in mine if number not in done]
+        wanted = sum(plan[number][1] for number in mine)
+        left = sum(plan[number][1] for number in todo)
+        progress = Progress(wanted, wanted - left, shown=shown)
+        if not todo:
+            progress.bar.close()
+            return progress
+        with progress, self.backend.running():
+            for number in todo:
+                chunk, count = plan[number]
+                rows, report = study.study(chunk, count, random.Random(f"{self.args.seed}/{number}"))
+                shards.write(number, rows, report)
+                progress.add(report, count)
+        return progress
 
-    def _ask_and_answer(self, chunk: Chunk, number: int, rng: random.Random) -> list[Conversation]:
-        if number == 0:
-            return []
-        types = list(
-            itertools.islice(itertools.cycle(rng.sample(self.args.seed_types, len(self.args.seed_types))), number)
-        )
-        sentences = split_sentences(chunk.text)
-        seeds = []
-        for seed_type in types:
-            passage = rng.choice(sentences) if rng.random() < self.args.focus_share else None
-            seeds.append(encode_question(self.processing_class, draw_seed_prompt(seed_type, rng, passage=passage)))
-        asked = self._backend.generate(
-            seeds, max_new_tokens=self.args.max_question_tokens, temperature=self.args.question_temperature
-        )
-        questions = [self._decode(ids) for ids in asked]
-        prompts = [encode_question(self.processing_class, question) for question in questions]
-        answers = self._backend.generate(
-            prompts, max_new_tokens=self.args.max_answer_tokens, temperature=self.args.answer_temperature
-        )
-        return [
-            Conversation(chunk.id, seed_type, question, prompt, answer)
-            for seed_type, question, prompt, answer in zip(types, questions, prompts, answers, strict=True)
-            if question and answer
-        ]
+    def _assemble(
+        self, shards: Shards | ShardsInMemory, number: int, lengths: dict[str, int]
+    ) -> tuple[Dataset, dict[str, Any]]:
+        """All chunks in order, without what two chunks have alike, and the report."""
+        if missing := sorted(set(range(number)) - shards.done()):
+            raise ValueError(f"{len(missing)} of {number} chunks are missing, the first is number {missing[0]}.")
+        parts, reports = zip(*(shards.read(index) for index in range(number)), strict=True)
+        dataset = concatenate_datasets(list(parts))
+        keep, across = self._compare_chunks(dataset)
+        if len(keep) < len(dataset):
+            dataset = dataset.select(keep)
+        return dataset, make_report(reports, across, lengths)
 
-    def _decode(self, ids: list[int]) -> str:
-        return get_tokenizer(self.processing_class).decode(ids, skip_special_tokens=True).strip().strip('"“”').strip()
-
-    @contextlib.contextmanager
-    def _plain_model(self) -> Iterator[None]:
-        """The model without its cartridge and in evaluation mode."""
-        training = self.model.training
-        self.model.eval()
-        disabled = self.model.disable_adapter() if isinstance(self.model, PeftModel) else contextlib.nullcontext()
-        try:
-            with disabled:
-                yield
-        finally:
-            self.model.train(training)
+    def _compare_chunks(self, dataset: Dataset) -> tuple[list[int], Counter[str]]:
+        filters = make_filters(self.args.quality_filters, max_similarity=self.args.max_similarity)
+        comparing = {name: one for name, one in filters.items() if one.compares}
+        across: Counter[str] = Counter()
+        if not comparing:
+            return list(range(len(dataset))), across
+        keep = []
+        for index, row in enumerate(dataset.select_columns(["messages", "context", "seed_type"])):
+            candidate = Candidate(row["messages"], row["context"], row["seed_type"])
+            reason = next((name for name, one in comparing.items() if one.drops(candidate)), None)
+            if reason is None:
+                keep.append(index)
+            else:
+                across[reason] += 1
+        return keep, across
 
 
-def _as_float16(hidden: Tensor) -> np.ndarray:
-    flat = hidden.float().cpu().numpy().reshape(-1)
-    if np.abs(flat).max(initial=0.0) > np.finfo(np.float16).max:
-        raise ValueError(
-            "The teacher's hidden states exceed the range of float16, in which they are kept. Please report the model."
-        )
-    return flat.astype(np.float16)
+def _dataset_name(corpus: Any) -> str | None:
+    return getattr(getattr(corpus, "info", None), "dataset_name", None)

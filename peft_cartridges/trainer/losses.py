@@ -1,77 +1,62 @@
-"""Distances between next-token distributions, and their sum over many positions without all logits at once."""
+"""Distances between next-token distributions of a student and a teacher, in nats.
+
+All take logits (or log-probabilities, which are logits too) `[..., vocab_size]` of both and give `[...]`.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from typing import Any
+from functools import partial
 
-import torch
-from torch import Tensor
+from torch import Tensor, logaddexp
 
-from ..hidden_states import OutputHead
+from .chunked_loss import chunked_loss
 
-LogitLoss = Callable[[Tensor, Tensor], Tensor]
+__all__ = ["DIVERGENCES", "chunked_loss", "forward_kl", "get_divergence", "jensen_shannon", "reverse_kl"]
+
+Divergence = Callable[[Tensor, Tensor], Tensor]
+
+DIVERGENCES = ("forward_kl", "reverse_kl", "jsd")
 
 
 def forward_kl(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
-    """KL(teacher || student) of logits `[..., vocab_size]`, in nats: `[...]`. The paper's objective."""
-    student = student_logits.float().log_softmax(-1)
-    teacher = teacher_logits.float().log_softmax(-1)
+    """KL(teacher || student): the student is to cover all that the teacher would say (arXiv 2506.06266)."""
+    student, teacher = _log_probs(student_logits, teacher_logits)
     return (teacher.exp() * (teacher - student)).sum(-1)
 
 
-def chunked_loss(
-    student: Tensor, teacher: Tensor, head: OutputHead, loss: LogitLoss, *, chunk_size: int = 512
-) -> Tensor:
-    """Sum over positions of `loss(head(student), head(teacher))`, computed `chunk_size` positions at a time.
-
-    The gradient is taken chunk by chunk in the forward pass, so no more than one chunk's logits exist at any time.
-
-    Args:
-        student: Final hidden states `[positions, hidden_size]`, differentiable.
-        teacher: Final hidden states `[positions, hidden_size]`.
-        head: The model's output head, frozen.
-        loss: Of logits `[positions, vocab_size]` and `[positions, vocab_size]` to `[positions]`.
-        chunk_size: Positions at a time: memory is about `4 * chunk_size * vocab_size` floats.
-
-    Returns:
-        A scalar in float32.
-
-    Raises:
-        ValueError: the head has trainable parameters, whose gradient this way of computing does not give.
-    """
-    if head.trainable_parameters():
-        raise ValueError(
-            "The output head is trainable (`modules_to_save`?): a cartridge is trained on a frozen model. Leave the "
-            "output embeddings out."
-        )
-    return _ChunkedLoss.apply(student, teacher, head, loss, chunk_size)
+def reverse_kl(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
+    """KL(student || teacher): the student is to say nothing that the teacher would not (arXiv 2306.08543)."""
+    return forward_kl(teacher_logits, student_logits)
 
 
-class _ChunkedLoss(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, student: Tensor, teacher: Tensor, head: OutputHead, loss: LogitLoss, chunk_size: int
-    ) -> Tensor:
-        total = torch.zeros((), device=student.device)
-        gradient = torch.zeros_like(student) if ctx.needs_input_grad[0] else None
-        for start in range(0, len(student), chunk_size):
-            rows = slice(start, start + chunk_size)
-            piece = student[rows].detach()
-            with torch.no_grad():
-                target = head(teacher[rows].to(student.dtype))
-            if gradient is None:
-                total += loss(head(piece), target).sum()
-                continue
-            with torch.enable_grad():
-                value = loss(head(piece.requires_grad_()), target).sum()
-            (gradient[rows],) = torch.autograd.grad(value, piece)
-            total += value.detach()
-        ctx.save_for_backward(gradient)
-        return total
+def jensen_shannon(student_logits: Tensor, teacher_logits: Tensor, beta: float = 0.5) -> Tensor:
+    """Generalized Jensen–Shannon divergence (arXiv 2306.13649): with the mixture m = beta teacher + (1 - beta) student,
+    beta KL(teacher || m) + (1 - beta) KL(student || m). As there and in TRL, 0 and 1 stand for the limits, which are
+    the forward and the reverse KL."""
+    if beta in (0, 1):
+        return (reverse_kl if beta else forward_kl)(student_logits, teacher_logits)
+    student, teacher = _log_probs(student_logits, teacher_logits)
+    mixture = logaddexp(teacher + math.log(beta), student + math.log(1 - beta))
+    of_teacher = (teacher.exp() * (teacher - mixture)).sum(-1)
+    of_student = (student.exp() * (student - mixture)).sum(-1)
+    return beta * of_teacher + (1 - beta) * of_student
 
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (gradient,) = ctx.saved_tensors
-        return gradient * grad, None, None, None, None
+
+def get_divergence(name: str, beta: float = 0.5) -> Divergence:
+    """The divergence called `name`, one of `DIVERGENCES`."""
+    functions: dict[str, Divergence] = {
+        "forward_kl": forward_kl,
+        "reverse_kl": reverse_kl,
+        "jsd": partial(jensen_shannon, beta=beta),
+    }
+    return functions[name]
+
+
+def _log_probs(student_logits: Tensor, teacher_logits: Tensor) -> tuple[Tensor, Tensor]:
+    # Half precision has too few digits for a log-sum-exp over a vocabulary; float64 stays what it is.
+    student, teacher = (
+        logits.float() if logits.element_size() < 4 else logits for logits in (student_logits, teacher_logits)
+    )
+    return student.log_softmax(-1), teacher.log_softmax(-1)

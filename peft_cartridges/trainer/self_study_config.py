@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from transformers import TrainingArguments
 
 from ..self_study import SynthesisConfig
+from .objective import LOSS_TYPES
 
 
 @dataclass
@@ -16,33 +17,16 @@ class SelfStudyConfig(SynthesisConfig, TrainingArguments):
 
     Defaults that differ from `TrainingArguments`: a learning rate that would wreck weights but that a KV cache needs,
     Adam's betas as in the paper, no weight decay (it would pull keys and values to zero), and batches of rows of like
-    length.
+    length. "Paper" is arXiv 2506.06266.
+
+    Raises:
+        ValueError: a value is out of its range, or two do not go together; the message names them.
     """
 
-    learning_rate: float = field(
-        default=2e-2,
-        metadata={"help": "Peak learning rate (paper: 2e-2). Keys and values need far more than weights do."},
-    )
-    adam_beta2: float = field(default=0.95, metadata={"help": "Adam's second beta (paper: 0.95)."})
-    weight_decay: float = field(default=0.0, metadata={"help": "Weight decay; 0 leaves keys and values their size."})
-    lr_scheduler_type: str = field(default="cosine", metadata={"help": "Learning-rate schedule."})
-    warmup_steps: float = field(default=10, metadata={"help": "Steps of linear warm-up (below 1: a share of all)."})
-    max_grad_norm: float = field(default=1.0, metadata={"help": "Gradient clipping."})
-    per_device_train_batch_size: int = field(default=16, metadata={"help": "Conversations per step and device."})
-    num_train_epochs: float = field(
-        default=3.0,
-        metadata={"help": "Passes over the conversations (the paper uses each once, and makes many more)."},
-    )
-    logging_steps: float = field(default=10, metadata={"help": "Log every so many steps."})
-    train_sampling_strategy: str = field(
-        default="group_by_length", metadata={"help": "Rows of like length share a batch, so little is padded."}
-    )
-    remove_unused_columns: bool = field(default=False, metadata={"help": "The collator picks the columns itself."})
-    report_to: str | list[str] = field(default="none", metadata={"help": "Trackers to report to, as in Trainer."})
-    loss_chunk_size: int = field(
-        default=512,
-        metadata={"help": "Positions whose logits exist at a time while the loss over the vocabulary is computed."},
-    )
+    _VALID_DICT_FIELDS: ClassVar[list[str]] = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs"]
+
+    # -- the model and its cartridge -----------------------------------------------------------------------------------
+
     model_init_kwargs: dict[str, Any] | str | None = field(
         default=None,
         metadata={"help": "Keyword arguments of `from_pretrained`, where `model` is given by name."},
@@ -50,13 +34,157 @@ class SelfStudyConfig(SynthesisConfig, TrainingArguments):
     initialization: str = field(
         default="first_tokens",
         metadata={
-            "help": "How a new cartridge is initialized from a corpus with a `text` column; see `list_strategies()`. "
-            "`none` leaves it as it is."
+            "help": "How a new cartridge is initialized from the corpus; see `list_strategies()` (paper: its first "
+            "tokens). `none` leaves it as it is."
         },
+    )
+
+    # -- what is minimized ---------------------------------------------------------------------------------------------
+
+    loss_type: str = field(
+        default="forward_kl",
+        metadata={
+            "help": "`forward_kl` (paper): the cartridge is to cover all that the teacher would say. `reverse_kl`: it is "
+            "to say nothing that the teacher would not. `jsd`: between the two, see `jsd_beta`. `cross_entropy`: learn "
+            "the written tokens alone; needs no targets of the teacher, and is the paper's weaker baseline."
+        },
+    )
+    jsd_beta: float = field(
+        default=0.5,
+        metadata={"help": "Weight of the teacher in the mixture of `loss_type=jsd`; 0 is forward, 1 reverse KL."},
+    )
+    loss_temperature: float = field(
+        default=1.0,
+        metadata={
+            "help": "Divides the logits of student and teacher in the loss (paper: 1). Above 1, unlikely tokens count "
+            "for more. Needs `teacher_hidden_states`: top-k targets do not tell how the rest would change."
+        },
+    )
+    prompt_loss_weight: float = field(
+        default=0.0,
+        metadata={
+            "help": "Weight of the questions' tokens in the loss, beside the answers' 1 (paper: 0). Stored targets cover "
+            "answers only, so above 0 the teacher scores each batch anew, which costs about a forward pass."
+        },
+    )
+    loss_chunk_size: int = field(
+        default=512,
+        metadata={"help": "Positions whose logits exist at a time while the loss over the vocabulary is computed."},
+    )
+    use_liger_kernel: bool = field(
+        default=False,
+        metadata={"help": "Use Liger's fused loss (and its kernels in the model). Needs a CUDA device."},
+    )
+
+    # -- on-policy -----------------------------------------------------------------------------------------------------
+
+    on_policy_fraction: float = field(
+        default=0.0,
+        metadata={
+            "help": "Share of each batch whose answers the model with the current cartridge writes itself, scored by the "
+            "teacher with the chunk in context, in process (paper: 0). Costs decoding in every step."
+        },
+    )
+    on_policy_temperature: float = field(
+        default=1.0, metadata={"help": "Sampling temperature of on-policy answers; 1 is the student as it is."}
+    )
+    teacher_cache_size: int = field(
+        default=16,
+        metadata={"help": "Chunks whose prefix is kept for the teacher in process (memory: that of so many chunks)."},
+    )
+
+    # -- data ----------------------------------------------------------------------------------------------------------
+
+    resample_every: int = field(
+        default=0,
+        metadata={
+            "help": "Steps after which new conversations are written, so that each is used once, as in the paper; needs "
+            "a corpus and `max_steps`. 0 writes `num_conversations` once and passes over them `num_train_epochs` times, "
+            "which is cheaper where writing costs more than training."
+        },
+    )
+    per_device_train_batch_size: int = field(
+        default=16, metadata={"help": "Conversations per step and device (paper: 64 in all)."}
+    )
+    num_train_epochs: float = field(
+        default=3.0,
+        metadata={"help": "Passes over the conversations (the paper uses each once, and makes many more)."},
+    )
+    train_sampling_strategy: str = field(
+        default="group_by_length",
+        metadata={
+            "help": "`group_by_length`: rows of like length share a batch, so little is padded. Also `random`, "
+            "`sequential`."
+        },
+    )
+    remove_unused_columns: bool = field(default=False, metadata={"help": "The collator picks the columns itself."})
+
+    # -- optimization --------------------------------------------------------------------------------------------------
+
+    learning_rate: float = field(
+        default=2e-2,
+        metadata={"help": "Peak learning rate (paper: 2e-2). Keys and values need far more than weights do."},
+    )
+    key_learning_rate: float | None = field(
+        default=None, metadata={"help": "Peak learning rate of the keys, if it is not to be `learning_rate`."}
+    )
+    value_learning_rate: float | None = field(
+        default=None, metadata={"help": "Peak learning rate of the values, if it is not to be `learning_rate`."}
+    )
+    adam_beta2: float = field(default=0.95, metadata={"help": "Adam's second beta (paper: 0.95)."})
+    weight_decay: float = field(
+        default=0.0, metadata={"help": "Weight decay (paper: 0): it would pull keys and values to zero."}
+    )
+    lr_scheduler_type: str = field(
+        default="cosine", metadata={"help": "Learning-rate schedule; a short run ends better when it ends low."}
+    )
+    warmup_steps: float = field(default=10, metadata={"help": "Steps of linear warm-up (below 1: a share of all)."})
+    max_grad_norm: float = field(
+        default=1.0, metadata={"help": "Largest norm of the gradient, beyond which it is scaled down; 0 never does."}
+    )
+    ema_decay: float = field(
+        default=0.0,
+        metadata={
+            "help": "Decay of an exponential moving average of the cartridge, which is then what is evaluated and saved "
+            "(paper: none). 0 keeps none; 0.98 averages over about the last 50 steps."
+        },
+    )
+
+    # -- what is shown -------------------------------------------------------------------------------------------------
+
+    logging_steps: float = field(default=10, metadata={"help": "Log every so many steps."})
+    report_to: str | list[str] | None = field(
+        default="none", metadata={"help": "Trackers to report to, as in Trainer: trackio, tensorboard, wandb, …"}
+    )
+    plot: bool = field(
+        default=True,
+        metadata={"help": "Draw `training_curve.png` in `output_dir` at the end, if matplotlib is installed."},
     )
 
     def __post_init__(self) -> None:
         SynthesisConfig.__post_init__(self)
         TrainingArguments.__post_init__(self)
-        if self.loss_chunk_size < 1:
-            raise ValueError(f"`loss_chunk_size` must be at least 1, got {self.loss_chunk_size}.")
+        if self.loss_type not in LOSS_TYPES:
+            raise ValueError(f"`loss_type` must be one of {', '.join(LOSS_TYPES)}, got {self.loss_type!r}.")
+        for name in ("loss_chunk_size", "teacher_cache_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
+        for name in ("jsd_beta", "on_policy_fraction"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"`{name}` must be between 0 and 1, got {getattr(self, name)}.")
+        for name in ("prompt_loss_weight", "resample_every", "on_policy_temperature"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"`{name}` must not be negative, got {getattr(self, name)}.")
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError(f"`ema_decay` must be at least 0 and below 1, got {self.ema_decay}.")
+        if self.loss_temperature <= 0:
+            raise ValueError(f"`loss_temperature` must be above 0, got {self.loss_temperature}.")
+        if self.loss_type == "cross_entropy" and self.on_policy_fraction:
+            raise ValueError(
+                "`on_policy_fraction` does not go with `loss_type=cross_entropy`, which would teach the model its own "
+                "answers: choose one of the divergences, or set it to 0."
+            )
+        if self.resample_every and self.max_steps < 1:
+            raise ValueError("`resample_every` needs `max_steps`: how many steps there are tells how many rounds.")
+        if self.resample_every and self.dataloader_num_workers:
+            raise ValueError("`resample_every` needs `dataloader_num_workers=0`: the model writes in this process.")

@@ -22,7 +22,7 @@ def prefix_to_tensors(prefix: KVPrefix, config: CartridgeConfig) -> dict[str, Te
     """The tensors of the adapter file."""
     if config.layer_shapes is None:
         return {PROMPT_EMBEDDINGS: prefix.to_prompt_embeddings()}
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     held = [index for index, shape in enumerate(config.layer_shapes) if shape is not None]
     for index, key, value in zip(held, prefix.keys, prefix.values, strict=True):
         tensors |= {f"layers.{index}.key": key, f"layers.{index}.value": value}
@@ -64,8 +64,8 @@ def _checked(tensors: Mapping[str, Tensor], name: str, shape: tuple[int | None, 
     tensor = tensors[name]
     if tuple(tensor.shape) != shape:
         raise ValueError(
-            f"Tensor `{name}` of the adapter file has shape {tuple(tensor.shape)}, but adapter_config.json and the base "
-            f"model ask for {shape}: the files do not belong together, or the cartridge to another base model."
+            f"Tensor `{name}` of the adapter file has shape {tuple(tensor.shape)}, but adapter_config.json and the "
+            f"base model ask for {shape}: the files do not belong together, or the cartridge to another base model."
         )
     if not tensor.is_floating_point():
         raise ValueError(

@@ -34,7 +34,7 @@ class CartridgeModel(BaseTuner):
     prefix = "kv_prefix_"
     tuner_layer_cls = CartridgeLayer
     # Found on the model itself, see `_prepare_adapter_config`.
-    target_module_mapping: dict[str, list[str]] = {}
+    target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012 - as PEFT declares it
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         # PEFT looks up one class per PEFT type. A stock `peft.CartridgeConfig` still gets the stock prompt encoder.
@@ -42,7 +42,15 @@ class CartridgeModel(BaseTuner):
             return CartridgeEncoder(args[0])
         return super().__new__(cls)
 
-    def __init__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, model: nn.Module, peft_config: Any, *args: Any, **kwargs: Any) -> None:
+        if isinstance(peft_config, PeftConfig):
+            # PEFT's model classes pass a dictionary; this comes from `inject_adapter_in_model`, after which
+            # transformers loads the file by itself, past the hooks that know its format.
+            raise ValueError(
+                "transformers' own `load_adapter`, `add_adapter` and `from_pretrained` of an adapter do not know the "
+                "format of cartridges: load the base model, and use `PeftModel.from_pretrained(model, …)` or "
+                "`get_peft_model(model, config)`."
+            )
         # Another tuner on the same model (a LoRA) keeps its adapters, and we ours: PEFT would make one dictionary of
         # them, in which two adapters of one name would be one.
         beside = getattr(model, "peft_config", None)
@@ -50,13 +58,13 @@ class CartridgeModel(BaseTuner):
             self.peft_config = {}
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
-            super().__init__(model, *args, **kwargs)
+            super().__init__(model, peft_config, *args, **kwargs)
         if beside is not None:
             model.peft_config = beside
 
     # -- injection ---------------------------------------------------------------------------------------------------
 
-    def _prepare_adapter_config(self, peft_config: CartridgeConfig, model_config: dict[str, Any]) -> CartridgeConfig:
+    def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
         layers = find_attention_layers(self.model, skip_unsupported=peft_config.skip_unsupported_layers)
         shapes = [(layer.num_key_value_heads, layer.key_dim, layer.value_dim) for layer in layers]
         indices = [layer.layer_idx for layer in layers]
@@ -73,9 +81,10 @@ class CartridgeModel(BaseTuner):
             given = getattr(peft_config, name)
             if given is not None and given != value:
                 base = peft_config.base_model_name_or_path
+                model_name = getattr(self.model, "name_or_path", "") or "unnamed"
                 raise ValueError(
                     f"The cartridge does not fit the model: its `{name}` is {given}, but "
-                    f"{type(self.model).__name__} ({getattr(self.model, 'name_or_path', '') or 'unnamed'}) has {value}. "
+                    f"{type(self.model).__name__} ({model_name}) has {value}. "
                     + (f"Load the base model that it was trained on: {base!r}." if base else "Load its base model.")
                 )
             setattr(peft_config, name, value)
@@ -90,7 +99,7 @@ class CartridgeModel(BaseTuner):
 
     def _create_and_replace(
         self,
-        peft_config: CartridgeConfig,
+        peft_config: Any,
         adapter_name: str,
         target: nn.Module,
         target_name: str,
@@ -118,7 +127,9 @@ class CartridgeModel(BaseTuner):
         layers = [module for module in self.model.modules() if _holds_cartridges(module)]
         return sorted(layers, key=lambda layer: layer.base_layer.layer_idx)
 
-    def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> nn.Module:
+    def _unload_and_optionally_merge(  # type: ignore[override] # PEFT's says None, and returns the model too
+        self, merge: bool = True, *args: Any, **kwargs: Any
+    ) -> nn.Module:
         """Takes the cartridges off, and nothing else: a LoRA in the same model stays."""
         if merge:
             self.cartridge_layers()[0].merge()
@@ -127,7 +138,8 @@ class CartridgeModel(BaseTuner):
             if isinstance(module, CartridgeLayer):
                 setattr(self.model.get_submodule(parent), child, module.restore())
             elif self._is_ours(module):
-                setattr(self.model.get_submodule(parent), child, module.unload_and_optionally_merge_module(False, False, None))
+                unloaded = module.unload_and_optionally_merge_module(False, False, None)
+                setattr(self.model.get_submodule(parent), child, unloaded)
         if getattr(self.model, "peft_config", None) is self.peft_config:
             del self.model.peft_config
         return self.model
@@ -141,11 +153,11 @@ class CartridgeModel(BaseTuner):
         names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
         if not names:
             raise ValueError("`adapter_name` is empty: name at least one adapter, or use `disable_adapter()` for none.")
-        readings = {self.peft_config[name].sliding_window for name in names}
+        readings = {self._config_of(name).sliding_window for name in names}
         if len(readings) > 1:
             raise ValueError(
-                f"The adapters {', '.join(names)} cannot be composed: `sliding_window` is {' in one, '.join(sorted(readings))} "
-                "in another. Set it to the same value in their configurations."
+                f"The adapters {', '.join(names)} cannot be composed: their `sliding_window` differs "
+                f"({', '.join(sorted(readings))}). Set it to the same value in their configurations."
             )
         super().set_adapter(adapter_name, inference_mode=inference_mode)
 
@@ -171,7 +183,7 @@ class CartridgeModel(BaseTuner):
             raise ValueError("`adapter_names` is for inference: call `model.eval()` first.")
         if unknown := sorted(set(names) - set(self.peft_config) - {BASE_ROW}):
             raise ValueError(f"`adapter_names` has names that are not loaded: {', '.join(unknown)}.")
-        layers = self.cartridge_layers()
+        layers = [module for module in self.model.modules() if isinstance(module, CartridgeLayer)]
         try:
             for layer in layers:
                 layer.set_row_adapters(list(names))
@@ -197,7 +209,8 @@ class CartridgeModel(BaseTuner):
         """
         self._check_adapter(adapter_name)
         layers = self.cartridge_layers()
-        expected = self.peft_config[adapter_name].num_tokens
+        config = self._config_of(adapter_name)
+        expected = config.num_tokens
         if prefix.num_tokens != expected:
             raise ValueError(f"`prefix` has {prefix.num_tokens} tokens, adapter {adapter_name!r} has {expected}.")
         have = [(k.shape[0], k.shape[2], v.shape[2]) for k, v in zip(prefix.keys, prefix.values, strict=True)]
@@ -207,8 +220,13 @@ class CartridgeModel(BaseTuner):
             if not all(tensor.isfinite().all() for tensor in pair):
                 raise ValueError(f"`prefix` holds NaN or infinite values in layer {index}.")
         for layer, key, value in zip(layers, prefix.keys, prefix.values, strict=True):
-            for name, tensor in _split_frozen(key, value, self.peft_config[adapter_name]).items():
+            for name, tensor in _split_frozen(key, value, config).items():
                 getattr(layer, name)[adapter_name].copy_(tensor)
+
+    def _config_of(self, adapter_name: str) -> CartridgeConfig:
+        config = self.peft_config[adapter_name]
+        assert isinstance(config, CartridgeConfig)
+        return config
 
     def _check_adapter(self, adapter_name: str) -> None:
         if adapter_name not in self.peft_config:
@@ -222,7 +240,7 @@ class CartridgeModel(BaseTuner):
     def _get_adapter_state_dict(
         cls,
         model: nn.Module,
-        config: PeftConfig,
+        config: Any,
         adapter_name: str,
         state_dict: dict[str, Tensor],
         unwanted_adapter_names: list[str],
@@ -240,7 +258,7 @@ class CartridgeModel(BaseTuner):
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
-        cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
+        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         if isinstance(config, PromptLearningConfig):
             return state_dict

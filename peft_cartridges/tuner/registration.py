@@ -24,7 +24,7 @@ def register() -> None:
     PEFT_TYPE_TO_TUNER_MAPPING[PeftType.CARTRIDGE] = CartridgeModel
     PEFT_TYPE_TO_PREFIX_MAPPING[PeftType.CARTRIDGE] = CartridgeModel.prefix
     if not hasattr(PeftModel.set_adapter, "__wrapped__"):
-        PeftModel.set_adapter = _with_compositions(PeftModel.set_adapter)
+        PeftModel.set_adapter = _with_compositions(PeftModel.set_adapter)  # type: ignore[method-assign]
 
 
 def _with_compositions(set_adapter: Any) -> Any:

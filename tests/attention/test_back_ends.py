@@ -1,4 +1,4 @@
-"""Every attention back end that a model can be loaded with gives the same; flash attention's masks without its kernels."""
+"""Every attention back end that a model can be loaded with gives the same; flash attention without its kernels."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def _reference(name: str, num_tokens: int = 12) -> tuple[KVPrefix, list[Tensor]]
     return prefix, [past_key_values_logits(model, prefix, row) for row in _rows()]
 
 
-@pytest.mark.supports("Attention back ends: padding on either side", "{back_end}")
+@pytest.mark.supports("Attention back ends", "padding on either side", on="{back_end}")
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("back_end", BACK_ENDS)
 @pytest.mark.parametrize("name", ["llama", "mistral"])
@@ -53,7 +53,7 @@ def test_forward(name: str, back_end: str, side: str) -> None:
             assert_close(row_logits, row_expected)
 
 
-@pytest.mark.supports("Attention back ends: `generate`", "{back_end}, cache: {cache}")
+@pytest.mark.supports("Attention back ends", "`generate`, {cache} cache", on="{back_end}")
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 @pytest.mark.parametrize("back_end", BACK_ENDS)
 @pytest.mark.parametrize("name", ["llama", "mistral"])
@@ -71,7 +71,7 @@ def test_generate(name: str, back_end: str, cache: str) -> None:
     assert output.tolist() == expected.tolist()
 
 
-@pytest.mark.supports("Attention back ends: training", "{back_end}")
+@pytest.mark.supports("Attention back ends", "training", on="{back_end}")
 @pytest.mark.parametrize("back_end", BACK_ENDS)
 def test_training(back_end: str) -> None:
     prefix, _ = _reference("llama")
@@ -86,7 +86,7 @@ def test_training(back_end: str) -> None:
         assert_close(actual, expected)
 
 
-@pytest.mark.supports("Attention back ends: packed rows", "{back_end}")
+@pytest.mark.supports("Attention back ends", "packed rows", on="{back_end}")
 @pytest.mark.parametrize("back_end", BACK_ENDS)
 @pytest.mark.parametrize("name", ["llama", "mistral", "qwen3"])
 def test_packed_rows_are_those_of_separate_rows(name: str, back_end: str) -> None:
@@ -126,7 +126,7 @@ def test_flash_mask_is_left_out_where_it_says_nothing() -> None:
 
 
 @pytest.mark.cuda
-@pytest.mark.supports("Attention back ends: on a GPU", "{back_end}")
+@pytest.mark.supports("Attention back ends", "on a GPU", on="{back_end}")
 @pytest.mark.parametrize("back_end", ["eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3"])
 def test_on_a_gpu(back_end: str) -> None:
     if not torch.cuda.is_available():

@@ -30,7 +30,7 @@ def _rows() -> list[torch.Tensor]:
     return [token_ids(length, seed=length) for length in LENGTHS]
 
 
-@pytest.mark.supports("Architectures: `shared_prefix`", "{name}")
+@pytest.mark.supports("Architectures", "`shared_prefix`", on="{name}")
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_forward_is_that_of_past_key_values_and_of_the_whole_text(name: str) -> None:
     model, document, prefix = _prepared(name)
@@ -157,7 +157,7 @@ def test_a_prefix_of_another_model_is_refused_with_its_layer() -> None:
 def test_what_is_no_transformers_model_is_refused() -> None:
     _, _, prefix = _prepared("llama")
     with (
-        pytest.raises(UnsupportedModelError, match="`model` is a Linear.*pass a transformers causal LM"),
+        pytest.raises(UnsupportedModelError, match=r"`model` is a Linear.*pass a transformers causal LM"),
         shared_prefix(torch.nn.Linear(2, 2), prefix),
     ):
         pass

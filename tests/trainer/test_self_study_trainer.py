@@ -3,57 +3,29 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 
-from peft_cartridges import CartridgeConfig, SelfStudyConfig, SelfStudySynthesizer, SelfStudyTrainer
-from tests.self_study.test_synthesizer import TEXT
-from tests.tiny_models import tiny_model, tiny_tokenizer
-
-TOKENIZER = tiny_tokenizer()
-CORPUS = Dataset.from_dict({"text": [TEXT]})
-
-
-def _config(folder: Path, **options: Any) -> SelfStudyConfig:
-    defaults = {
-        "num_conversations": 16, "conversations_per_chunk": 8, "min_chunk_tokens": 30, "max_chunk_tokens": 40,
-        "max_question_tokens": 6, "max_answer_tokens": 8, "per_device_train_batch_size": 8, "max_steps": 4,
-        "use_cpu": True, "disable_tqdm": True, "save_strategy": "no", "logging_steps": 1, "warmup_steps": 0,
-    }  # fmt: skip
-    return SelfStudyConfig(output_dir=str(folder), **{**defaults, **options})
-
-
-def _trainer(folder: Path, model: Any = None, dataset: Dataset | None = None, **options: Any) -> SelfStudyTrainer:
-    model = tiny_model() if model is None else model
-    return SelfStudyTrainer(
-        model=model,
-        args=_config(folder, **options),
-        train_dataset=CORPUS if dataset is None else dataset,
-        processing_class=TOKENIZER,
-        peft_config=None if isinstance(model, PeftModel) else CartridgeConfig(num_tokens=8, num_frozen_tokens=2),
-    )
+from peft_cartridges import CartridgeConfig, SelfStudyTrainer
+from tests.tiny_models import tiny_model
+from tests.trainer.small_runs import CORPUS, TEXT, TOKENIZER, losses, make_config, make_conversations, make_trainer
 
 
 @pytest.fixture(scope="module")
-def conversations(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
-    return SelfStudySynthesizer(tiny_model(), TOKENIZER, _config(tmp_path_factory.mktemp("c"))).synthesize(CORPUS)
-
-
-def _losses(trainer: SelfStudyTrainer) -> list[float]:
-    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+def conversations() -> Dataset:
+    return make_conversations()
 
 
 def test_a_corpus_becomes_a_trained_cartridge(tmp_path: Path) -> None:
-    trainer = _trainer(tmp_path, max_steps=12)
+    trainer = make_trainer(tmp_path, max_steps=12)
     before = trainer.model.get_kv_prefix()
     base = tiny_model().state_dict()
     trainer.train()
-    losses, after = _losses(trainer), trainer.model.get_kv_prefix()
-    assert sum(losses[-4:]) < sum(losses[:4])
+    found, after = losses(trainer), trainer.model.get_kv_prefix()
+    assert sum(found[-4:]) < sum(found[:4])
     assert torch.equal(after.keys[0][:, :2], before.keys[0][:, :2])
     assert not torch.equal(after.keys[0][:, 2:], before.keys[0][:, 2:])
     trained = trainer.model.unload().state_dict()
@@ -61,7 +33,7 @@ def test_a_corpus_becomes_a_trained_cartridge(tmp_path: Path) -> None:
 
 
 def test_the_loss_is_the_kl_to_the_teacher_with_the_chunk_in_context(tmp_path: Path, conversations: Dataset) -> None:
-    trainer = _trainer(tmp_path, dataset=conversations)
+    trainer = make_trainer(tmp_path, dataset=conversations)
     batch = trainer.data_collator([conversations[i] for i in range(5)])
     loss = trainer.compute_loss(trainer.model, batch).item()
     model, plain, total, count = trainer.model, tiny_model(), 0.0, 0
@@ -83,31 +55,31 @@ def test_the_loss_is_the_kl_to_the_teacher_with_the_chunk_in_context(tmp_path: P
 
 def test_accumulated_batches_count_as_one(tmp_path: Path, conversations: Dataset) -> None:
     shuffled = {"train_sampling_strategy": "sequential", "max_steps": 2, "max_grad_norm": 0.0}
-    whole = _trainer(tmp_path, dataset=conversations, **shuffled)
+    whole = make_trainer(tmp_path, dataset=conversations, **shuffled)
     whole.train()
-    parts = _trainer(
+    parts = make_trainer(
         tmp_path, dataset=conversations, per_device_train_batch_size=2, gradient_accumulation_steps=4, **shuffled
     )
     parts.train()
-    assert _losses(parts) == pytest.approx(_losses(whole), rel=1e-4)
+    assert losses(parts) == pytest.approx(losses(whole), rel=1e-4)
     for a, b in zip(whole.model.get_kv_prefix().keys, parts.model.get_kv_prefix().keys, strict=True):
         torch.testing.assert_close(a, b, atol=1e-3, rtol=1e-3)
 
 
 def test_a_model_with_a_cartridge_is_trained_on(tmp_path: Path, conversations: Dataset) -> None:
-    trainer = _trainer(tmp_path / "first", dataset=conversations)
+    trainer = make_trainer(tmp_path / "first", dataset=conversations)
     trainer.train()
     trainer.save_model()
     model = PeftModel.from_pretrained(tiny_model(), tmp_path / "first", is_trainable=True)
-    again = _trainer(tmp_path / "second", model, conversations)
+    again = make_trainer(tmp_path / "second", model, conversations)
     again.train()
-    assert sum(_losses(again)) < sum(_losses(trainer))
+    assert sum(losses(again)) < sum(losses(trainer))
 
 
 def test_evaluation_gives_the_kl_of_held_out_conversations(tmp_path: Path, conversations: Dataset) -> None:
     trainer = SelfStudyTrainer(
         model=tiny_model(),
-        args=_config(tmp_path),
+        args=make_config(tmp_path),
         train_dataset=conversations,
         eval_dataset=conversations.select(range(6)),
         processing_class=TOKENIZER,
@@ -121,7 +93,7 @@ def test_a_saved_model_is_loaded_by_name(tmp_path: Path) -> None:
     TOKENIZER.save_pretrained(tmp_path / "base")
     trainer = SelfStudyTrainer(
         model=str(tmp_path / "base"),
-        args=_config(tmp_path / "out", max_steps=1, model_init_kwargs={"dtype": torch.float32}),
+        args=make_config(tmp_path / "out", max_steps=1, model_init_kwargs={"dtype": torch.float32}),
         train_dataset=CORPUS,
         peft_config=CartridgeConfig(num_tokens=8),
     )
@@ -131,7 +103,7 @@ def test_a_saved_model_is_loaded_by_name(tmp_path: Path) -> None:
 
 
 def test_bad_input_names_the_argument_and_the_remedy(tmp_path: Path, conversations: Dataset) -> None:
-    args, config = _config(tmp_path), CartridgeConfig(num_tokens=8)
+    args, config = make_config(tmp_path), CartridgeConfig(num_tokens=8)
     with pytest.raises(ValueError, match="`peft_config` is missing: pass `CartridgeConfig"):
         SelfStudyTrainer(tiny_model(), args, conversations, processing_class=TOKENIZER)
     with pytest.raises(ValueError, match="`processing_class` is missing"):
@@ -150,7 +122,7 @@ def test_bad_input_names_the_argument_and_the_remedy(tmp_path: Path, conversatio
             tiny_model(), args, conversations, {"x": without}, processing_class=TOKENIZER, peft_config=config
         )
     empty = Dataset.from_dict({"text": [""]})
-    with pytest.raises(ValueError, match="Document 0 of the corpus .* is empty"):
+    with pytest.raises(ValueError, match=r"Document 0 of the corpus .* is empty"):
         SelfStudyTrainer(tiny_model(), args, empty, processing_class=TOKENIZER, peft_config=config)
     long = CartridgeConfig(num_tokens=10_000)
     with pytest.raises(ValueError, match="fewer than `num_tokens=10000`"):

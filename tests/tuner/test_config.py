@@ -58,7 +58,7 @@ def test_an_encoder_decoder_is_refused(name: str) -> None:
                       "decoder_attention_heads": 2, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16}}[name]  # fmt: skip
     config = getattr(transformers, f"{name}Config")(vocab_size=32, **sizes)
     model = getattr(transformers, f"{name}ForConditionalGeneration")(config)
-    with pytest.raises(UnsupportedModelError, match="`model` is an encoder–decoder.*Use a causal LM"):
+    with pytest.raises(UnsupportedModelError, match=r"`model` is an encoder–decoder.*Use a causal LM"):
         get_peft_model(model, CartridgeConfig(num_tokens=4))
 
 
@@ -71,7 +71,7 @@ def test_an_encoder_is_refused() -> None:
 
 
 def test_what_is_no_transformers_model_is_refused() -> None:
-    with pytest.raises(UnsupportedModelError, match="`model` is a Linear.*pass a transformers causal LM"):
+    with pytest.raises(UnsupportedModelError, match=r"`model` is a Linear.*pass a transformers causal LM"):
         get_peft_model(torch.nn.Linear(2, 2), CartridgeConfig(num_tokens=4))
 
 

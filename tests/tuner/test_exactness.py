@@ -29,7 +29,7 @@ def _rows() -> list[Tensor]:
     return [token_ids(length, seed=length) for length in LENGTHS]
 
 
-@pytest.mark.supports("Architectures: cartridge, forward with padding on either side", "{name}")
+@pytest.mark.supports("Architectures", "cartridge, forward with padding on either side", on="{name}")
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_forward(name: str, side: str) -> None:
@@ -43,7 +43,7 @@ def test_forward(name: str, side: str) -> None:
         assert_close(row_logits, row_expected)
 
 
-@pytest.mark.supports("Architectures: cartridge, `generate` greedy and with beams", "{name}")
+@pytest.mark.supports("Architectures", "cartridge, `generate` greedy and with beams", on="{name}")
 @pytest.mark.parametrize("beams", [1, 3])
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_generate(name: str, beams: int) -> None:
@@ -60,7 +60,7 @@ def test_generate(name: str, beams: int) -> None:
         assert_close(step, expected_step)
 
 
-@pytest.mark.supports("Architectures: cartridge, gradients", "{name}")
+@pytest.mark.supports("Architectures", "cartridge, gradients", on="{name}")
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_gradients_are_those_of_past_key_values(name: str) -> None:
     model = tiny_model(name)
@@ -132,6 +132,7 @@ def test_changing_the_cartridge_changes_the_next_forward() -> None:
         peft_model.base_model.set_kv_prefix(second)
         assert_close(peft_model(input_ids=row).logits[0], expected)
         peft_model.base_model.set_kv_prefix(first)
+        assert_close(peft_model(input_ids=row).logits[0], before)
         layer = peft_model.base_model.cartridge_layers()[0]
         layer.kv_prefix_key["default"].data = layer.kv_prefix_key["default"].data * 2
         assert (peft_model(input_ids=row).logits[0] - before).abs().max() > 1e-3

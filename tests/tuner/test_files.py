@@ -10,9 +10,10 @@ from typing import Any
 import peft
 import pytest
 import torch
-from peft import PeftConfig, PeftModel, get_peft_model
+from peft import AutoPeftModelForCausalLM, PeftConfig, PeftModel, get_peft_model
 from peft.tuners.cartridge.config import CartridgeConfig as StockConfig
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from peft_cartridges import CartridgeConfig, KVPrefix
 from tests.exactness import assert_close, cartridge_model
@@ -20,7 +21,10 @@ from tests.tiny_models import ARCHITECTURES, tiny_model, token_ids
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 FILE = "adapter_model.safetensors"
-NOT_STOCK = {"deepseek_v3": "latent keys and values of different width"}
+NOT_STOCK = {
+    "deepseek_v3": "latent keys and values of different width",
+    "gemma4": "layers of two head sizes",
+}
 
 
 def _load_stock(model: torch.nn.Module, folder: Path, **options: Any) -> PeftModel:
@@ -33,7 +37,7 @@ def _load_stock(model: torch.nn.Module, folder: Path, **options: Any) -> PeftMod
     return stock
 
 
-@pytest.mark.supports("Files, both ways with stock PEFT", "{dtype}, num_frozen_tokens={num_frozen_tokens}")
+@pytest.mark.supports("Files, both ways with stock PEFT", "num_frozen_tokens={num_frozen_tokens}", on="{dtype}")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("num_frozen_tokens", [0, 1])
 @pytest.mark.parametrize("name", ["llama", "qwen3"])
@@ -194,6 +198,24 @@ def test_modules_to_save_are_saved_beside(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     assert len(load_file(tmp_path / FILE)) == 2
     assert_close(PeftModel.from_pretrained(tiny_model("llama"), tmp_path)(input_ids=rows).logits, expected, 1e-6)
+
+
+def test_transformers_own_loading_of_adapters_is_refused(tmp_path: Path) -> None:
+    """It would leave the cartridge as random as it was injected, with no more than a report of missing keys."""
+    folder = _saved(tmp_path / "adapter")
+    remedy = r"use `PeftModel.from_pretrained\(model, …\)` or `get_peft_model"
+    with pytest.raises(ValueError, match=remedy):
+        tiny_model("llama").load_adapter(folder)
+    with pytest.raises(ValueError, match=remedy):
+        tiny_model("llama").add_adapter(CartridgeConfig(num_tokens=4))
+    tiny_model("llama").save_pretrained(tmp_path / "base")
+    fields = json.loads((folder / "adapter_config.json").read_text())
+    fields["base_model_name_or_path"] = str(tmp_path / "base")
+    (folder / "adapter_config.json").write_text(json.dumps(fields))
+    with pytest.raises(ValueError, match=remedy):
+        AutoModelForCausalLM.from_pretrained(folder)
+    model = AutoPeftModelForCausalLM.from_pretrained(folder)
+    assert model.base_model.get_kv_prefix().num_tokens == 10
 
 
 def test_stock_names_are_still_there() -> None:

@@ -38,7 +38,7 @@ def _fresh_compiler() -> Iterator[None]:
     torch.compiler.reset()
 
 
-@pytest.mark.supports("Inference", "sampling, several return sequences: {name}")
+@pytest.mark.supports("Inference", "sampling, several return sequences", on="{name}")
 @pytest.mark.parametrize("name", NAMES)
 def test_sampling_with_several_return_sequences(name: str) -> None:
     rows = token_ids(2, 5, seed=1)
@@ -53,7 +53,7 @@ def test_sampling_with_several_return_sequences(name: str) -> None:
     assert output.tolist() == expected.tolist()
 
 
-@pytest.mark.supports("Inference", "assisted decoding, {how}: {name}")
+@pytest.mark.supports("Inference", "assisted decoding, {how}", on="{name}")
 @pytest.mark.parametrize("how", ["by a small model", "by prompt lookup"])
 @pytest.mark.parametrize("name", ["llama", "gemma3", "gpt_oss"])
 def test_assisted_decoding(name: str, how: str) -> None:
@@ -70,7 +70,7 @@ def test_assisted_decoding_by_the_base_model_itself() -> None:
     assert _generate(model, row, assistant_model=tiny_model()).tolist() == _generate(model, row).tolist()
 
 
-@pytest.mark.supports("Inference", "multi-turn on a kept cache: {name}")
+@pytest.mark.supports("Inference", "multi-turn on a kept cache", on="{name}")
 @pytest.mark.parametrize("name", NAMES)
 def test_a_conversation_on_a_kept_cache(name: str) -> None:
     model, turns = _model(name), [token_ids(1, 5, seed=1), token_ids(1, 4, seed=2), token_ids(1, 7, seed=3)]
@@ -84,7 +84,7 @@ def test_a_conversation_on_a_kept_cache(name: str) -> None:
         assert cache.get_seq_length() == conversation.shape[1] - 1, "the prefix is no part of the cache"
 
 
-@pytest.mark.supports("Inference", "static cache: {name}")
+@pytest.mark.supports("Inference", "static cache", on="{name}")
 @pytest.mark.parametrize("name", NAMES)
 def test_a_static_cache(name: str) -> None:
     rows = token_ids(2, 5, seed=1)
@@ -109,7 +109,7 @@ def test_a_static_cache_by_hand() -> None:
     assert_close(torch.cat(logits), expected)
 
 
-@pytest.mark.supports("Inference", "`torch.compile(fullgraph=True)` of the forward: {name}")
+@pytest.mark.supports("Inference", "`torch.compile(fullgraph=True)` of the forward", on="{name}")
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3"])
 def test_compiled_forward(name: str) -> None:
     model, row = _model(name), token_ids(6, seed=1)
@@ -130,7 +130,7 @@ def test_compiled_forward_inside_shared_prefix() -> None:
         assert_close(compiled(input_ids=row[None], use_cache=False).logits[0], plain)
 
 
-@pytest.mark.supports("Inference", "`torch.compile` and `generate` with a static cache: {name}")
+@pytest.mark.supports("Inference", "`torch.compile` and `generate` with a static cache", on="{name}")
 @pytest.mark.parametrize("name", ["llama", "gemma3"])
 def test_compiled_generation_with_a_static_cache(name: str) -> None:
     model, rows = _model(name), token_ids(2, 5, seed=1)
@@ -169,7 +169,7 @@ def test_a_pipeline(tmp_path: Path) -> None:
         assert answer == tokenizer.decode(alone, skip_special_tokens=True)
 
 
-@pytest.mark.supports("Inference", "continuous batching (`generate_batch`): {back_end}, {name}")
+@pytest.mark.supports("Inference", "continuous batching (`generate_batch`), {back_end}", on="{name}")
 @pytest.mark.parametrize("back_end", ["eager", "sdpa"])
 @pytest.mark.parametrize("name", ["llama", "gemma3"])
 def test_continuous_batching(name: str, back_end: str) -> None:
@@ -182,8 +182,9 @@ def test_continuous_batching(name: str, back_end: str) -> None:
         warmup=False,
     )
     for row, output in zip(rows, outputs.values(), strict=True):
-        alone = past_key_values_generate(tiny_model(name), _prefix(name), row[None], **GREEDY, eos_token_id=-1).sequences
-        assert output.generated_tokens == alone[0, len(row) :][:4].tolist()
+        options = {**GREEDY, "eos_token_id": -1}
+        alone = past_key_values_generate(tiny_model(name), _prefix(name), row[None], **options).sequences[0]
+        assert output.generated_tokens == alone[len(row) :][:4].tolist()
 
 
 def test_inference_mode_and_no_grad_can_be_mixed() -> None:
@@ -203,4 +204,5 @@ def test_embeddings_instead_of_ids() -> None:
     expected = past_key_values_logits(tiny_model(), _prefix(), row)
     embeddings = model.get_input_embeddings()(row[None])
     assert_close(model(inputs_embeds=embeddings).logits[0].detach(), expected)
-    assert_close(model.base_model.model.model(row[None]).last_hidden_state @ model.lm_head.weight.T, expected[None].detach())
+    hidden = model.base_model.model.model(row[None]).last_hidden_state[0]
+    assert_close((hidden @ model.lm_head.weight.T).detach(), expected)

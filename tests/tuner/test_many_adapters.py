@@ -20,7 +20,7 @@ from tests.exactness import (
 )
 from tests.tiny_models import tiny_model, token_ids
 
-NAMES = ["llama", "gemma3", "gpt_oss", "gpt2", "qwen2_5_vl", "deepseek_v3"]
+NAMES = ["llama", "gemma3", "gpt_oss", "gpt2", "qwen2_5_vl", "deepseek_v3", "gemma4"]
 LENGTHS = {"a": 5, "b": 12, "c": 1}
 GENERATE = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
 
@@ -51,7 +51,9 @@ def _logits(model: nn.Module, row: Tensor, **options: object) -> Tensor:
     return model(input_ids=row[None], **options).logits[0]
 
 
-@pytest.mark.supports("Many cartridges", "`load_adapter`, `set_adapter`, `disable_adapter`, `delete_adapter`: {name}")
+@pytest.mark.supports(
+    "Many cartridges", "`load_adapter`, `set_adapter`, `disable_adapter`, `delete_adapter`", on="{name}"
+)
 @pytest.mark.parametrize("name", NAMES)
 def test_switching(name: str, tmp_path: Path) -> None:
     model, plain, prefixes, row = _loaded(name, tmp_path), tiny_model(name), _prefixes(name), token_ids(6, seed=1)
@@ -71,7 +73,7 @@ def test_switching(name: str, tmp_path: Path) -> None:
         model.set_adapter("a")
 
 
-@pytest.mark.supports("Many cartridges", '`set_adapter(["a", "b"])`, composition in order: {name}')
+@pytest.mark.supports("Many cartridges", '`set_adapter(["a", "b"])`, composition in order', on="{name}")
 @pytest.mark.parametrize("name", NAMES)
 def test_composition(name: str, tmp_path: Path) -> None:
     model, plain, prefixes, row = _loaded(name, tmp_path), tiny_model(name), _prefixes(name), token_ids(6, seed=1)
@@ -114,7 +116,7 @@ def test_compositions_that_cannot_be(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="`adapter_name` is empty"):
         model.set_adapter([])
     model.add_adapter("pinned", CartridgeConfig(num_tokens=3, sliding_window="pinned"))
-    with pytest.raises(ValueError, match="cannot be composed: `sliding_window`"):
+    with pytest.raises(ValueError, match="cannot be composed: their `sliding_window` differs"):
         model.set_adapter(["a", "pinned"])
 
 
@@ -137,10 +139,11 @@ def _rows() -> list[Tensor]:
 
 def _expected_rows(name: str) -> list[Tensor]:
     plain, prefixes = tiny_model(name), _prefixes(name)
-    return [past_key_values_logits(plain, prefixes.get(adapter), row) for adapter, row in zip(ROWS, _rows(), strict=True)]
+    pairs = zip(ROWS, _rows(), strict=True)
+    return [past_key_values_logits(plain, prefixes.get(adapter), row) for adapter, row in pairs]
 
 
-@pytest.mark.supports("Many cartridges", "`adapter_names=[…]`, one for each row, forward: {name}")
+@pytest.mark.supports("Many cartridges", "`adapter_names=[…]`, one for each row, forward", on="{name}")
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("name", NAMES)
 def test_an_adapter_for_each_row(name: str, side: str, tmp_path: Path) -> None:
@@ -154,7 +157,7 @@ def test_an_adapter_for_each_row(name: str, side: str, tmp_path: Path) -> None:
     assert_close(_logits(model, row, adapter_names=["__base__"]), past_key_values_logits(plain, None, row))
 
 
-@pytest.mark.supports("Many cartridges", "`adapter_names=[…]`, one for each row, `generate`: {name}")
+@pytest.mark.supports("Many cartridges", "`adapter_names=[…]`, one for each row, `generate`", on="{name}")
 @pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"num_beams": 2, "num_return_sequences": 2}], ids=str)
 @pytest.mark.parametrize("name", NAMES)
 def test_generate_with_an_adapter_for_each_row(name: str, options: dict[str, int], tmp_path: Path) -> None:

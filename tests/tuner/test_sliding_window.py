@@ -38,7 +38,7 @@ def _pinned_logits(model: nn.Module, prefix: KVPrefix, row: Tensor) -> Tensor:
         ).logits[0]
 
 
-@pytest.mark.supports("Sliding windows", "`windowed`, prefix of {num_tokens} tokens, window of 8: {name}")
+@pytest.mark.supports("Sliding windows", "`windowed`", on="{name}")
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("num_tokens", [3, WINDOW - 1, WINDOW, 30])
 @pytest.mark.parametrize("name", SLIDING)
@@ -53,7 +53,7 @@ def test_windowed_is_past_key_values_of_each_row(name: str, num_tokens: int, sid
         assert_close(row_logits, row_expected)
 
 
-@pytest.mark.supports("Sliding windows", "`pinned`: {name}")
+@pytest.mark.supports("Sliding windows", "`pinned`", on="{name}")
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("name", SLIDING)
 def test_pinned_tokens_stay_in_sight(name: str, side: str) -> None:

@@ -146,7 +146,7 @@ TRAINERS = {
 }
 
 
-@pytest.mark.supports("Trainers of TRL", "{name}")
+@pytest.mark.supports("Training", "trainers of TRL", on="{name}")
 @pytest.mark.parametrize("name", TRAINERS)
 def test_two_steps(name: str, tmp_path: Path) -> None:
     model = tiny_model("llama")

@@ -41,7 +41,7 @@ def _state(model: nn.Module) -> list[Any]:
     ]
 
 
-@pytest.mark.supports("Coming and going", "`unload` leaves the base model bit-identical: {name}")
+@pytest.mark.supports("Coming and going", "`unload` leaves the base model bit-identical", on="{name}")
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_unload(name: str) -> None:
     model = tiny_model(name)
@@ -94,8 +94,8 @@ def test_trained_modules_to_save_stay_as_with_any_adapter_of_peft() -> None:
     assert_close(_logits(model), 3 * logits, 1e-4)
 
 
-@pytest.mark.supports("Coming and going", "deep copies: {name}")
-@pytest.mark.parametrize("name", ["llama", "gemma3", "qwen2_5_vl"])
+@pytest.mark.supports("Coming and going", "deep copies", on="{name}")
+@pytest.mark.parametrize("name", ["llama", "gemma3", "qwen2_5_vl", "gemma3n"])
 def test_a_deep_copy_is_a_model_of_its_own(name: str) -> None:
     model = tiny_model(name)
     first, second = (KVPrefix.from_input_ids(model, token_ids(8, seed=n)) for n in (1, 2))
@@ -127,7 +127,7 @@ def test_a_copy_of_the_copy_by_pickle() -> None:
     assert_close(_logits(torch.load(buffer, weights_only=False)), expected, 1e-6)
 
 
-@pytest.mark.supports("Coming and going", "state dicts: {name}")
+@pytest.mark.supports("Coming and going", "state dicts", on="{name}")
 @pytest.mark.parametrize("name", ["llama", "gemma3", "deepseek_v3"])
 def test_state_dict_round_trip(name: str) -> None:
     model = tiny_model(name)

@@ -1,0 +1,167 @@
+"""Whether a base model is the one that a cartridge was trained on. Its keys and values mean nothing to any other."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+
+from ..adapter_folder import read_config
+from ..attention.layers import find_attention_layers, get_text_config
+from ..tuner.config import CartridgeConfig
+from .card_facts import BaseIdentity, CardFacts, load_facts
+from .model_card import is_hub_name
+
+# What decides how keys and values come about. Another value of any of these is another model.
+_SHAPE = (
+    "model_type",
+    "num_hidden_layers",
+    "hidden_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "rope_parameters",
+)
+_ELEMENTS_PER_WEIGHT = 4096
+
+
+def identify_base_model(model: nn.Module, *, hash_weights: bool = True) -> BaseIdentity:
+    """What tells this base model from others, to keep with a cartridge.
+
+    Args:
+        model: A transformers causal LM, or a PEFT model around one.
+        hash_weights: Whether to hash some values of a few weights, rounded to bfloat16, so that one checkpoint gives
+            one hash in float32 and bfloat16. There is no hash in float16, quantized, or while weights are offloaded.
+
+    The name is kept only if it is one on the Hub: a path says nothing elsewhere, and something about this machine.
+    """
+    model = model.get_base_model() if isinstance(model, PeftModel) else model
+    config = get_text_config(model)
+    name = getattr(model, "name_or_path", None) or getattr(model.config, "_name_or_path", None)
+    found = {key: getattr(config, key, None) for key in (*_SHAPE, "vocab_size")}
+    found["rope_parameters"] = _plain(found["rope_parameters"] or _older_rope_parameters(config))
+    return BaseIdentity(
+        name=name if name and is_hub_name(name) else None,
+        revision=getattr(model.config, "_commit_hash", None),
+        weights_sha256=_hash_weights(model) if hash_weights else None,
+        **found,
+    )
+
+
+def check_base_model(model: nn.Module, cartridge: str | Path, *, hash_weights: bool = True) -> None:
+    """Compares a base model with the one that the cartridge in a folder was trained on, before it is loaded.
+
+    What the folder does not say is not compared: stock PEFT records the name and the number of layers and heads, this
+    package's `cartridge.json` also RoPE settings and a hash of a few weights.
+
+    Raises:
+        ValueError: another architecture, shape or RoPE settings.
+
+    Warns:
+        UserWarning: the same shape, but other weights, or (where no hash can tell) another name or revision.
+    """
+    config, facts = read_config(cartridge), load_facts(cartridge)
+    have = identify_base_model(model, hash_weights=hash_weights)
+    _check_heads(model, config, facts)
+    if facts.base_identity is not None:
+        compare_identities(have, facts.base_identity, "the model", str(cartridge))
+    want = facts.base_identity or BaseIdentity()
+    if have.weights_sha256 and want.weights_sha256:
+        if have.weights_sha256 != want.weights_sha256:
+            warnings.warn(
+                f"The weights of the model are not those that {cartridge} was trained on"
+                f"{_named(facts, config)}: expect worse answers.",
+                stacklevel=2,
+            )
+        return
+    name = want.name or facts.base_model or config.base_model_name_or_path
+    loaded = getattr(model, "name_or_path", None)
+    if name and loaded and loaded not in (name, config.base_model_name_or_path):
+        warnings.warn(
+            f"{cartridge} was trained on {name!r}, the model is {loaded!r}: if they are not the same, expect nonsense.",
+            stacklevel=2,
+        )
+    elif want.revision and have.revision and want.revision != have.revision:
+        warnings.warn(
+            f"{cartridge} was trained on revision {want.revision} of {name}, the model is {have.revision}: pass "
+            f"`revision={want.revision!r}` when you load it.",
+            stacklevel=2,
+        )
+
+
+def compare_identities(have: BaseIdentity, want: BaseIdentity, have_name: str, want_name: str) -> None:
+    """Raises:
+    ValueError: both know a field of the shape, and it differs; the message names all such fields.
+    """
+    pairs = {field: (getattr(have, field), _plain(getattr(want, field))) for field in _SHAPE}
+    differing = [
+        f"`{field}` is {mine!r} in {have_name} and {theirs!r} for {want_name}"
+        for field, (mine, theirs) in pairs.items()
+        if mine is not None and theirs is not None and mine != theirs
+    ]
+    if differing:
+        base = f" Load {want.name!r}." if want.name else ""
+        raise ValueError(f"{want_name} was trained on another base model: {'; '.join(differing)}.{base}")
+
+
+def _check_heads(model: nn.Module, config: CartridgeConfig, facts: CardFacts) -> None:
+    layers = find_attention_layers(model.get_base_model() if isinstance(model, PeftModel) else model)
+    have = [(layer.num_key_value_heads, layer.key_dim, layer.value_dim) for layer in layers]
+    if config.layer_shapes is not None:
+        want = [tuple(shape) for shape in config.layer_shapes if shape is not None]
+    else:
+        assert config.num_layers and config.num_attention_heads and config.token_dim
+        head_dim = config.token_dim // config.num_attention_heads
+        want = [(config.num_attention_heads, head_dim, head_dim)] * config.num_layers
+    if have != want:
+        raise ValueError(
+            f"The cartridge has {len(want)} layers of (num_key_value_heads, key_dim, value_dim) {want[0]}, the model "
+            f"{len(have)} of {have[0]}: it was trained on another base model{_named(facts, config)}."
+        )
+
+
+def _named(facts: CardFacts, config: CartridgeConfig) -> str:
+    name = facts.base_model or config.base_model_name_or_path
+    return f" ({name})" if name else ""
+
+
+def _older_rope_parameters(config: Any) -> dict[str, Any] | None:
+    found = {key: getattr(config, key, None) for key in ("rope_theta", "rope_scaling")}
+    return {key: value for key, value in found.items() if value is not None} or None
+
+
+def _plain(value: Any) -> Any:
+    """As JSON gives it back, with every number a float, so that 10000 and 10000.0 are one."""
+    if isinstance(value, dict):
+        return {str(key): _plain(part) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(part) for part in value]
+    if isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    return value if value is None or isinstance(value, (str, bool, float)) else json.loads(json.dumps(value))
+
+
+def _hash_weights(model: nn.Module) -> str | None:
+    """SHA-256 of evenly spread values of the input embeddings and of the first and last attention layer's weights."""
+    layers = find_attention_layers(model)
+    modules = [model.get_input_embeddings(), layers[0].module, layers[-1].module]  # type: ignore[operator]
+    digest = hashlib.sha256()
+    for module in modules:
+        for name, weight in sorted(module.named_parameters()):
+            if weight.device.type == "meta" or weight.dtype not in (torch.float32, torch.bfloat16, torch.float64):
+                return None
+            digest.update(name.encode())
+            digest.update(_sample(weight))
+    return digest.hexdigest()
+
+
+def _sample(weight: Tensor) -> bytes:
+    flat = weight.detach().reshape(-1)
+    values = flat[:: max(1, flat.numel() // _ELEMENTS_PER_WEIGHT)][:_ELEMENTS_PER_WEIGHT]
+    return values.to("cpu", torch.bfloat16).contiguous().view(torch.int16).numpy().astype("<i2").tobytes()

@@ -1,0 +1,89 @@
+"""From a corpus to what is trained on: an initialized cartridge, and conversations that survive a killed run."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from peft import PeftModel
+
+from ..initialization import initialize_cartridge
+from ..self_study import SelfStudySynthesizer, SynthesisConfig
+from ..self_study.chat_template_arguments import WithTemplateArguments, parse_template_arguments
+from ..self_study.chunking import as_documents
+from ..self_study.run_identity import run_identity, synthesis_arguments
+from .conversation_stream import ConversationStream
+from .self_study_config import SelfStudyConfig
+
+# Trainer's pushes to the Hub leave out what begins with an underscore: the conversations hold the corpus's text.
+CONVERSATIONS_DIR = "_conversations"
+
+
+@dataclass
+class Corpus:
+    """What a trainer knows of its corpus.
+
+    Args:
+        text: All of it, `None` if it is not known.
+        dataset: The conversations, if they were made from it here.
+        identity: What they were made from, as `run_identity` gives it.
+    """
+
+    text: str | None = None
+    dataset: Dataset | ConversationStream | None = None
+    identity: dict[str, Any] | None = None
+
+
+def template_aware(processing_class: Any, args: SynthesisConfig) -> Any:
+    """The tokenizer with the further arguments of the chat template that the synthesis uses."""
+    arguments = parse_template_arguments(args.chat_template_kwargs)
+    return WithTemplateArguments(processing_class, arguments) if arguments else processing_class
+
+
+def prepare_corpus(
+    model: PeftModel, args: SelfStudyConfig, dataset: Dataset, processing_class: Any, *, initialize: bool
+) -> Corpus:
+    """Synthesizes a corpus (a data set with a column `text`), or prepares to do so round by round (`resample_every`).
+
+    Conversations are kept in `output_dir/_conversations/`, in a folder for each set of settings, so that the same call
+    takes up what a killed run has finished. The processes of a distributed run share the work.
+
+    Args:
+        model: The PEFT model; its cartridge is disabled meanwhile.
+        args: Settings.
+        dataset: The corpus.
+        processing_class: Tokenizer or processor.
+        initialize: Whether to initialize the cartridge.
+
+    Raises:
+        ValueError: as `SelfStudySynthesizer.synthesize` and `initialize_cartridge`.
+    """
+    documents = as_documents(dataset)
+    text = "\n\n".join(document.text for document in documents)
+    if initialize and args.initialization != "none":
+        initialize_cartridge(model, template_aware(processing_class, args), text=text, strategy=args.initialization)
+    settings = SynthesisConfig(**synthesis_arguments(args))
+    synthesizer = SelfStudySynthesizer(model, processing_class, settings)
+    name = getattr(dataset.info, "dataset_name", None)
+    identity = run_identity(synthesizer.backend, synthesizer.processing_class, settings, documents, corpus_name=name)
+    if args.resample_every:
+        return Corpus(text, _stream(model, args, documents, processing_class), identity)
+    key = hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()[:12]
+    folder = Path(args.output_dir or ".") / CONVERSATIONS_DIR / key
+    return Corpus(text, synthesizer.synthesize(documents, output_dir=folder, corpus_name=name), identity)
+
+
+def _stream(model: PeftModel, args: SelfStudyConfig, documents: list[Any], processing_class: Any) -> ConversationStream:
+    per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    rows = args.resample_every * per_step
+
+    def synthesize(number: int) -> Dataset:
+        changes = {"num_conversations": rows, "seed": args.seed + 1_000_003 * number}
+        settings = SynthesisConfig(**{**synthesis_arguments(args), **changes})
+        return SelfStudySynthesizer(model, processing_class, settings).synthesize(documents)
+
+    return ConversationStream(synthesize, rows, -(-args.max_steps // args.resample_every))

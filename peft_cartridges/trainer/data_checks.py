@@ -1,0 +1,110 @@
+"""Whether a data set is one that the trainer can use, with this model and this tokenizer."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from datasets import Dataset
+
+from ..attention.layers import get_text_config
+from ..chat import get_tokenizer
+from ..self_study.backends import TransformersBackend
+from ..self_study.run_identity import tokenizer_fingerprint
+
+_ROWS_LOOKED_AT = 8
+
+
+def check_columns(dataset: Any, name: str, *, needs_teacher: bool = True, needs_context: bool = False) -> None:
+    """Raises:
+    ValueError: the data set lacks columns; the message lists them and names the remedy.
+    """
+    have = dataset.column_names
+    missing = [column for column in ("input_ids", "completion_mask") if column not in have]
+    if needs_teacher and "teacher_hidden_states" not in have:
+        top_k = [column for column in ("teacher_top_k_ids", "teacher_top_k_logprobs") if column not in have]
+        missing += ["teacher_hidden_states"] if len(top_k) == 2 else top_k
+    if needs_context and "context" not in have:
+        missing.append("context")
+    if missing:
+        raise ValueError(
+            f"`{name}` lacks the columns {', '.join(missing)} (it has {', '.join(have)}): pass a "
+            "corpus with a `text` column, or what `SelfStudySynthesizer.synthesize` gives."
+        )
+    if not len(dataset):
+        raise ValueError(f"`{name}` has no rows: pass at least one conversation.")
+
+
+def check_origin(dataset: Dataset, name: str, model: Any, processing_class: Any) -> None:
+    """Whether the data set was made with this model and tokenizer: by what it says of itself, where it says anything,
+    and by its rows.
+
+    Args:
+        dataset: Conversations.
+        name: The argument's name, for messages.
+        model: The PEFT model.
+        processing_class: Tokenizer or processor.
+
+    Raises:
+        ValueError: it was made with another model or another tokenizer.
+    """
+    origin = read_origin(dataset)
+    made_by = origin.get("model_fingerprint")
+    if made_by and made_by != TransformersBackend(model, processing_class).fingerprint:
+        raise ValueError(
+            f"`{name}` was made with another base model ({origin.get('base_model') or 'unnamed'}, or the same one in "
+            f"another dtype) than {getattr(model.config, '_name_or_path', '') or type(model).__name__}, whose targets "
+            "mean nothing to this one: load that model, or synthesize the data set anew."
+        )
+    made_with = origin.get("tokenizer_fingerprint")
+    if made_with and made_with != tokenizer_fingerprint(processing_class):
+        raise ValueError(
+            f"`{name}` was made with another tokenizer or chat template: pass that one as `processing_class`, or "
+            "synthesize the data set anew."
+        )
+    tokenizer = get_tokenizer(processing_class)
+    hidden_size = get_text_config(model).hidden_size
+    for number in range(min(_ROWS_LOOKED_AT, len(dataset))):
+        row = dataset[number]
+        _check_tokens(row, f"{name}[{number}]", tokenizer)
+        learned = sum(row["completion_mask"])
+        if len(row["input_ids"]) != len(row["completion_mask"]) or not learned or row["completion_mask"][0]:
+            raise ValueError(
+                f"`{name}[{number}]` has {len(row['input_ids'])} `input_ids` and {len(row['completion_mask'])} entries "
+                f"of `completion_mask`, {learned} of them set: it needs one entry a token, at least one set, and none "
+                "for the first token, which nothing predicts."
+            )
+        states = row.get("teacher_hidden_states")
+        if states is not None and len(states) != learned * hidden_size:
+            raise ValueError(
+                f"`{name}[{number}]` has {len(states)} numbers of `teacher_hidden_states` for {learned} learned tokens, "
+                f"but the model's hidden size is {hidden_size}: the data set was made with another base model."
+            )
+
+
+def read_origin(dataset: Any) -> dict[str, Any]:
+    """What a data set of the synthesizer says it was made from (`run_identity`); empty for others."""
+    try:
+        found = json.loads(dataset.info.description or "{}")
+    except (AttributeError, json.JSONDecodeError):  # a description for people
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _check_tokens(row: dict[str, Any], name: str, tokenizer: Any) -> None:
+    if max(row["input_ids"], default=0) >= len(tokenizer):
+        raise ValueError(
+            f"`{name}` has the token id {max(row['input_ids'])}, the tokenizer only {len(tokenizer)} tokens: the data "
+            "set was made with another tokenizer. Pass that one as `processing_class`, with its model."
+        )
+    answers = [message["content"] for message in row.get("messages") or [] if message["role"] == "assistant"]
+    if len(answers) != 1:
+        return
+    learned = [token for token, on in zip(row["input_ids"], row["completion_mask"], strict=False) if on]
+    decoded = tokenizer.decode(learned, skip_special_tokens=True)
+    if decoded.split() != answers[0].split():
+        raise ValueError(
+            f"The learned tokens of `{name}` read {decoded[:60]!r} with this tokenizer, but its answer is "
+            f"{answers[0][:60]!r}: the data set was made with another tokenizer. Pass that one as `processing_class`, "
+            "with its model."
+        )

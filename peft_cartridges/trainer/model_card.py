@@ -1,0 +1,110 @@
+"""The model card that a trainer writes beside its cartridge: what it knows, and nothing of the corpus's text."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from datasets import Dataset
+
+from ..adapter_folder import CONFIG_FILE, read_cartridge
+from ..chat import get_tokenizer
+from ..hub import CardFacts, Metric, write_model_card
+from ..hub.push import complete_facts
+from .data_checks import read_origin
+from .training_curve import FILE_NAME
+
+if TYPE_CHECKING:
+    from .self_study_trainer import SelfStudyTrainer
+
+_RECIPE = (
+    "loss_type", "loss_temperature", "prompt_loss_weight", "on_policy_fraction", "resample_every", "learning_rate",
+    "key_learning_rate", "value_learning_rate", "lr_scheduler_type", "warmup_steps", "max_grad_norm", "ema_decay",
+    "per_device_train_batch_size", "gradient_accumulation_steps", "adam_beta1", "adam_beta2", "seed",
+)  # fmt: skip
+_SYNTHESIS = (
+    "seed_types", "recitation_share", "conversations_per_chunk", "min_chunk_tokens", "max_chunk_tokens", "num_rounds",
+    "question_temperature", "answer_temperature", "teacher_targets",
+)  # fmt: skip
+# Metric of `evaluate` -> its name for people, and what it was measured on.
+_METRICS = {
+    "eval_gold_gap_closed": ("Share of the in-context gap closed", "gold questions"),
+    "eval_gold_nll": ("Gold-answer NLL (nats per token)", "gold questions"),
+    "eval_conversation_gap_closed": ("Share of the in-context gap closed", "held-out conversations"),
+    "eval_loss": ("KL from the teacher (nats per token)", "held-out conversations"),
+}
+
+
+def write_trainer_card(trainer: SelfStudyTrainer, folder: str) -> None:
+    """Writes `README.md` and `cartridge.json` into the folder of the saved adapter; the main process only."""
+    if not trainer.is_world_process_zero() or not os.path.isfile(os.path.join(folder, CONFIG_FILE)):
+        return
+    config, prefix = read_cartridge(folder)
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    facts = complete_facts(_facts(trainer, folder), config, prefix, model)
+    if facts.corpus_tokens and config.num_tokens:
+        facts.in_context_kv_bytes = prefix.nbytes // config.num_tokens * facts.corpus_tokens
+    write_model_card(facts, folder)
+
+
+def _facts(trainer: SelfStudyTrainer, folder: str) -> CardFacts:
+    args = trainer.args
+    data: Any = trainer.train_dataset
+    origin = trainer.corpus.identity or read_origin(data)
+    corpus, report = origin.get("corpus", {}), read_origin(data).get("report", {})
+    tokens = None
+    if trainer.corpus.text is not None:
+        tokens = len(
+            get_tokenizer(trainer.processing_class)(trainer.corpus.text, add_special_tokens=False)["input_ids"]
+        )
+    recipe = {name: value for name in _RECIPE if (value := getattr(args, name)) is not None}
+    recipe["lr_scheduler_type"] = getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)
+    recipe["optimizer_steps"] = trainer.state.global_step
+    recipe |= {name: value for name, value in origin.get("synthesis", {}).items() if name in _SYNTHESIS}
+    typed = isinstance(data, Dataset) and "seed_type" in data.column_names
+    return CardFacts(
+        corpus_name=corpus.get("name"),
+        corpus_tokens=tokens,
+        corpus_sha256=corpus.get("sha256"),
+        recipe=recipe,
+        num_conversations=None if data is None else len(data),
+        seed_types=dict(Counter(data["seed_type"])) if typed else {},
+        filters=report.get("dropped", {}),
+        metrics=_metrics(trainer),
+        training_curve=FILE_NAME if (Path(folder) / FILE_NAME).is_file() else None,
+    )
+
+
+def _metrics(trainer: SelfStudyTrainer) -> list[Metric]:
+    """Of the last evaluation."""
+    found: dict[str, Any] = {}
+    for entry in trainer.state.log_history:
+        found |= {name: value for name, value in entry.items() if name.startswith("eval_")}
+    note = None
+    if "eval_gold_nll_full_context" in found:
+        none, full = found["eval_gold_nll_no_context"], found["eval_gold_nll_full_context"]
+        note = f"{none:.3f} without context, {full:.3f} with the text in context"
+    return [
+        Metric(
+            label,
+            round(float(found[name]), 4),
+            dataset=dataset,
+            type=name.removeprefix("eval_"),
+            command=_command(),
+            note=note if name == "eval_gold_nll" else None,
+        )
+        for name, (label, dataset) in _METRICS.items()
+        if name in found
+    ]
+
+
+def _command() -> str | None:
+    """The script that runs, without folders that mean nothing elsewhere."""
+    if not sys.argv[0].endswith(".py"):
+        return None
+    words = [Path(word).name if os.path.isabs(word) else word for word in sys.argv]
+    return shlex.join(["python", *words])

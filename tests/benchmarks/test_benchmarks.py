@@ -1,0 +1,40 @@
+"""The benchmarks run, with a tiny model: what they print and write, not what they measure."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.tiny_models import tiny_model, tiny_tokenizer
+
+ROOT = Path(__file__).parents[2]
+COMMANDS = {
+    "train_step": ["--num-tokens", "8", "--batch-size", "2", "--length", "8", "--steps", "1"],
+    "decode": [
+        *["--num-tokens", "8", "--context-tokens", "16", "--batch-sizes", "2", "--steps", "2", "--repeats", "1"],
+        *["--systems", "ours", "text_per_row"],
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_benchmark_prints_a_table_and_writes_its_figures(name: str, tmp_path: Path) -> None:
+    model = tiny_model()
+    model.resize_token_embeddings(10_000)  # the benchmarks draw ids of a vocabulary of ordinary size
+    model.save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    output = tmp_path / "figures.json"
+    command = [sys.executable, "-m", f"benchmarks.{name}", "--model", str(tmp_path / "model"), "--rounds", "1"]
+    done = subprocess.run(
+        [*command, "--threads", "1", "--output", str(output), *COMMANDS[name]], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("| ")
+    record = json.loads(output.read_text())
+    (measured,) = record["results"].values()
+    assert all("error" not in result for results in measured.values() for result in results), measured
+    assert record["command"].startswith(f"python -m benchmarks.{name}")

@@ -1,0 +1,157 @@
+"""`cartridges synthesize`, as typed."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+from peft_cartridges import SynthesisConfig
+from peft_cartridges.cli import main
+from peft_cartridges.self_study import read_report
+from peft_cartridges.self_study.run_identity import synthesis_arguments
+from tests.self_study import runs
+from tests.tiny_models import tiny_model, tiny_tokenizer
+
+SMALL = [
+    "--num-conversations", "6", "--conversations-per-chunk", "3", "--min-chunk-tokens", "30", "--max-chunk-tokens",
+    "40", "--max-question-tokens", "6", "--max-answer-tokens", "8",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("model")
+    tiny_model().save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture()
+def corpus(tmp_path: Path) -> str:
+    (tmp_path / "corpus").mkdir()
+    (tmp_path / "corpus" / "log.md").write_text(runs.TEXT)
+    return str(tmp_path / "corpus")
+
+
+def test_a_run_is_made_and_carried_on(
+    model: str, corpus: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["synthesize", corpus, "--model", model, "--output-dir", str(tmp_path / "out"), *SMALL]
+    assert main(command) == 0
+    shown = capsys.readouterr().out
+    assert "1 document, 720 tokens" in shown and "6 conversations kept of" in shown and "log.md: " in shown
+    shards = {path: path.stat().st_mtime_ns for path in (tmp_path / "out" / "shards").iterdir()}
+    assert len(shards) == 4
+    assert main(command) == 0
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out" / "shards").iterdir()} == shards
+    told = json.loads((tmp_path / "out" / "self_study.json").read_text())
+    assert told["report"]["kept"] == 6 and told["corpus"]["name"] == "log.md" and told["base_model"] == model
+    assert main([*command, "--seed", "7"]) == 1
+    assert "cartridges synthesize: error: `output_dir` " in capsys.readouterr().err
+
+
+def test_a_preview_shows_conversations_and_the_time(
+    model: str, corpus: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["synthesize", corpus, "--model", model, "--preview", "3", *SMALL, "--recitation-share", "0"]) == 0
+    shown = capsys.readouterr().out
+    assert "\n1. " in shown and "\n3. " in shown and "\n4. " not in shown
+    assert shown.count("A: ") == shown.count("B: ") == 3
+    assert "tokens/s here: the run would take at most about" in shown
+
+
+def test_an_estimate_needs_no_weights(corpus: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tiny_model().config.save_pretrained(tmp_path / "config")
+    tiny_tokenizer().save_pretrained(tmp_path / "config")
+    assert main(["synthesize", corpus, "--model", str(tmp_path / "config"), "--estimate", *SMALL]) == 0
+    shown = capsys.readouterr().out
+    assert "6 conversations (3 of them recitations) about 2 chunks" in shown and "targets take" in shown
+
+
+def test_every_setting_is_an_option(
+    model: str, corpus: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main(["synthesize", "--help"])
+    shown = capsys.readouterr().out
+    for field in fields(SynthesisConfig):
+        assert f"--{field.name.replace('_', '-')}" in shown
+    command = [
+        "synthesize", corpus, "--model", model, "--output-dir", str(tmp_path / "out"), *SMALL, "--chunking", "auto",
+        "--seed-types", "question", "creative", "--no-refill-finished-rows", "--quality-filters", "--teacher-targets",
+        "top_k", "--teacher-top-k", "4", "--system-prompts", "the captain says", "--chat-template-kwargs", '{"x": 1}',
+    ]  # fmt: skip
+    assert main(command) == 0
+    told = json.loads((tmp_path / "out" / "self_study.json").read_text())["synthesis"]
+    expected = SynthesisConfig(
+        num_conversations=6, conversations_per_chunk=3, min_chunk_tokens=30, max_chunk_tokens=40,
+        max_question_tokens=6, max_answer_tokens=8, chunking="auto", seed_types=["question", "creative"],
+        refill_finished_rows=False, quality_filters=[], teacher_targets="top_k", teacher_top_k=4,
+        system_prompts=["the captain says"], chat_template_kwargs='{"x": 1}',
+    )  # fmt: skip
+    assert told == synthesis_arguments(expected)
+
+
+def test_a_server_is_asked_and_its_death_is_one_line(
+    model: str, corpus: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("openai")
+    from tests.self_study.completions_server import CompletionsServer
+
+    def command(url: str, folder: str) -> list[str]:
+        place = ["--output-dir", str(tmp_path / folder), "--backend", "openai", "--base-url", url, "--tokenizer", model]
+        return ["synthesize", corpus, "--model", "tiny", *place, "--teacher-top-k", "5", "--max-retries", "0", *SMALL]
+
+    with CompletionsServer().running() as url:
+        assert main(command(url, "well")) == 0
+    with CompletionsServer(lambda number: 500).running() as url:
+        assert main(command(url, "ill")) == 1
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("cartridges synthesize: error: The server at") and "status 500" in error
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--output-dir", "x", "--recitation-share", "2"], "`recitation_share` must be between 0 and 1, got 2.0."),
+        ([], "--output-dir is missing"),
+        (["--output-dir", "x", "--backend", "openai"], "--base-url is missing"),
+    ],
+)
+def test_mistakes_are_one_line(
+    model: str, corpus: str, capsys: pytest.CaptureFixture[str], options: list[str], message: str
+) -> None:
+    assert main(["synthesize", corpus, "--model", model, *options]) == 1
+    assert f"cartridges synthesize: error: {message}" in capsys.readouterr().err
+
+
+def test_a_missing_corpus_is_named(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["synthesize", "nowhere.md", "--model", model, "--preview", "1"]) == 1
+    assert "There is no file or folder nowhere.md" in capsys.readouterr().err
+
+
+def test_pushing_sends_data_and_card(
+    model: str, corpus: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from datasets import Dataset
+    from huggingface_hub import DatasetCard
+
+    sent = {}
+    monkeypatch.setattr(
+        Dataset, "push_to_hub", lambda self, repo_id, **options: sent.update(data=self, repo=repo_id, **options)
+    )
+    with_sizes = DatasetCard("---\ndataset_info:\n  features: []\nconfigs:\n- config_name: default\n---\n")
+    monkeypatch.setattr(DatasetCard, "load", lambda repo_id, token=None: with_sizes)
+    monkeypatch.setattr(DatasetCard, "push_to_hub", lambda self, repo_id, token=None: sent.update(card=str(self)))
+    command = ["synthesize", corpus, "--model", model, "--output-dir", str(tmp_path / "out"), *SMALL]
+    assert main([*command, "--push-to-hub", "me/log"]) == 0
+    assert capsys.readouterr().out.strip().endswith("https://huggingface.co/datasets/me/log")
+    assert sent["repo"] == "me/log" and sent["private"] is True and len(sent["data"]) == 6
+    assert read_report(sent["data"])["corpus"]["name"] == "log.md"
+    card = sent["card"]
+    assert card.startswith("---\n") and "dataset_info" in card and "config_name: default" in card
+    assert "- cartridges" in card and "6 conversations kept of" in card and "load_dataset(" in card
+    assert "teacher_hidden_states" in card and '"min_chunk_tokens": 30' in card

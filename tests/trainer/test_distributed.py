@@ -1,0 +1,86 @@
+"""Several processes on one machine (gloo), through the example script as a user would start it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.tiny_models import tiny_model
+from tests.trainer.small_runs import GOLD, TEXT, TOKENIZER
+
+ROOT = Path(__file__).parents[2]
+TWO_PROCESSES = ["-m", "accelerate.commands.launch", "--config_file", "examples/configs/accelerate_ddp_cpu.yaml"]
+SETTINGS = [
+    "--num_tokens", "8", "--num_conversations", "16", "--conversations_per_chunk", "4", "--min_chunk_tokens", "30",
+    "--max_chunk_tokens", "40", "--max_question_tokens", "6", "--max_answer_tokens", "8", "--quality_filters", "empty",
+    "--num_eval_conversations", "4", "--use_cpu", "--max_steps", "30", "--logging_steps", "1", "--warmup_steps", "0",
+    "--save_strategy", "steps", "--save_steps", "3", "--disable_tqdm", "true", "--plot", "false",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("distributed")
+    tiny_model().save_pretrained(folder / "model")
+    TOKENIZER.save_pretrained(folder / "model")
+    (folder / "corpus.txt").write_text(TEXT)
+    (folder / "gold.jsonl").write_text("\n".join(map(json.dumps, GOLD)))
+    return folder
+
+
+def _start(launcher: list[str], folder: Path, name: str, *options: str) -> subprocess.Popen[bytes]:
+    command = [
+        sys.executable, *launcher, "examples/self_study.py", "--model_name_or_path", str(folder / "model"),
+        "--corpus", str(folder / "corpus.txt"), "--gold_questions", str(folder / "gold.jsonl"),
+        "--output_dir", str(folder / name), *SETTINGS, *options,
+    ]  # fmt: skip
+    log = (folder / f"{name}.log").open("ab")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+    )
+
+
+def _finish(process: subprocess.Popen[bytes], folder: Path, name: str) -> tuple[list[float], dict[str, float]]:
+    assert process.wait(timeout=240) == 0, (folder / f"{name}.log").read_text()[-3000:]
+    state = json.loads((folder / name / "checkpoint-30" / "trainer_state.json").read_text())
+    metrics = json.loads((folder / name / "eval_results.json").read_text())
+    return [entry["loss"] for entry in state["log_history"] if "loss" in entry], metrics
+
+
+def test_two_processes_killed_and_resumed_give_the_losses_of_one(folder: Path) -> None:
+    expected, metrics = _finish(_start([], folder, "one", "--per_device_train_batch_size", "8"), folder, "one")
+    options = ("--per_device_train_batch_size", "4")
+    process = _start(TWO_PROCESSES, folder, "two", *options)
+    deadline = time.monotonic() + 240
+    while not (folder / "two" / "checkpoint-6").exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.005)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (folder / "two" / "checkpoint-30").exists(), "it was finished before it was killed"
+    losses, resumed = _finish(_start(TWO_PROCESSES, folder, "two", *options), folder, "two")
+    assert len(losses) == 30
+    assert losses == pytest.approx(expected, rel=1e-4)
+    for name in ("eval_loss", "eval_gold_nll", "eval_conversation_gap_closed"):
+        assert resumed[name] == pytest.approx(metrics[name], rel=1e-3, abs=1e-3), name
+    assert (folder / "two" / "README.md").read_text().count("corpus.txt") and "captain" not in "".join(
+        path.read_text() for path in (folder / "two").glob("*.md")
+    )
+
+
+def test_a_step_on_a_sharded_model_is_that_of_the_whole() -> None:
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    script = "tests/trainer/scripts/sharded_step.py"
+    result = subprocess.run(
+        [sys.executable, *command, script], cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True, text=True, timeout=240,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert result.stdout.count("sharded step agrees") == 2
