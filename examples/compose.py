@@ -26,6 +26,7 @@ import torch
 from datasets import Dataset
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
 
 from peft_cartridges import (
     CartridgeConfig,
@@ -61,6 +62,7 @@ class Text:
 
 def main() -> None:
     args = parse_args()
+    transformers_logging.disable_progress_bar()  # the model is loaded anew for every row
     started = time.perf_counter()
     texts = list(itertools.chain.from_iterable(split(name, args.parts) for name in args.corpora))
     questions = {name: read_questions(name) for name in args.corpora}
@@ -107,7 +109,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--parts", type=int, default=1, help="train each text in so many cartridges (default: 1)")
     parser.add_argument("--num-tokens", type=int, help="length of each cartridge (default: 256 / parts, fast: 64)")
     parser.add_argument("--num-conversations", type=int, help="for each cartridge (default: 384 / parts, fast: 16)")
-    parser.add_argument("--max-steps", type=int, help="of training, for each cartridge (default: 80, fast: 4)")
+    parser.add_argument("--max-steps", type=int, help="of training, for each cartridge (default: 60, fast: 4)")
     parser.add_argument("--sinks", choices=("first", "all"), default="first", help="see compose()")
     parser.add_argument("--push-to", metavar="USER", help="push to this user's account on the Hub, and compose from it")
     parser.add_argument("--model", default=".models/SmolLM2-135M-Instruct", help="folder of the model")
@@ -123,7 +125,7 @@ def parse_args() -> argparse.Namespace:
         parser.error("there must be at least two cartridges to join: two texts, or `--parts 2` or more")
     args.num_tokens = args.num_tokens or (64 if args.fast else 256 // args.parts)
     args.num_conversations = args.num_conversations or (16 if args.fast else 384 // args.parts)
-    args.max_steps = args.max_steps or (4 if args.fast else 80)
+    args.max_steps = args.max_steps or (4 if args.fast else 60)
     return args
 
 
@@ -175,6 +177,7 @@ def train(
         args=SelfStudyConfig(
             output_dir=str(folder),
             num_conversations=args.num_conversations,
+            recitation_share=0.75,  # a model of 135M parameters asks and answers poorly
             max_steps=args.max_steps,
             save_strategy="no",
             use_cpu=not torch.cuda.is_available(),

@@ -34,12 +34,6 @@ __version__ = "0.1.0"
 wrap_push_to_hub()
 
 _LAZY = {
-    "push_cartridge": "hub",
-    "pull_cartridge": "hub",
-    "load_cartridge": "hub",
-    "list_cartridges": "hub",
-    "compose": "hub",
-    "check_base_model": "hub",
     "HubError": "hub",
     "KVPrefix": "kv_prefix",
     "SelfStudyConfig": "trainer",
@@ -47,8 +41,14 @@ _LAZY = {
     "SelfStudyTrainer": "trainer",
     "SynthesisConfig": "self_study",
     "UnsupportedModelError": "attention",
+    "check_base_model": "hub",
+    "compose": "hub",
     "gold_answer_nll": "evaluation",
     "initialize_cartridge": "initialization",
+    "list_cartridges": "hub",
+    "load_cartridge": "hub",
+    "pull_cartridge": "hub",
+    "push_cartridge": "hub",
     "shared_prefix": "attention",
 }
 

@@ -89,8 +89,8 @@ def run(args: argparse.Namespace) -> None:
     try:
         if args.preview is not None:
             dataset, speed = synthesizer.preview(documents, args.preview)
-            for number, row in enumerate(dataset, start=1):
-                print(f"\n{format_conversation(row, number)}")
+            for position, row in enumerate(dataset, start=1):
+                print(f"\n{format_conversation(row, position)}")
             if speed > 0:
                 minutes = estimate.seconds(speed) / 60
                 print(f"\n{speed:,.0f} tokens/s here: the run would take at most about {minutes:,.1f} minutes.")

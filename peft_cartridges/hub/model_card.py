@@ -32,12 +32,12 @@ from peft_cartridges import load_cartridge
 from transformers import pipeline
 
 model, tokenizer = load_cartridge({name})
-ask = pipeline("text-generation", model=model, tokenizer=tokenizer, return_full_text=False)
-print(ask([{{"role": "user", "content": {question}}}])[0]["generated_text"])
+ask = pipeline("text-generation", model=model, tokenizer=tokenizer)
+print(ask([{{"role": "user", "content": {question}}}])[0]["generated_text"][-1]["content"])
 ```
 
-The files are stock [PEFT](https://github.com/huggingface/peft)'s: `PeftModel.from_pretrained(base_model, {name})` loads
-them too, with `peft-cartridges` installed or without."""
+The files are stock [PEFT](https://github.com/huggingface/peft)'s: `PeftModel.from_pretrained(base_model, {name})` \
+loads them too, with `peft-cartridges` installed or without."""
 
 
 def build_model_card(facts: CardFacts) -> ModelCard:
@@ -60,7 +60,7 @@ def build_model_card(facts: CardFacts) -> ModelCard:
         language=facts.language or None,
         datasets=facts.datasets or None,
         tags=list(dict.fromkeys(tags)),
-        model_name=facts.repo_id or _one_line(title),
+        model_name=(facts.repo_id or _one_line(title)) if facts.metrics else None,
         eval_results=[_eval_result(metric, facts) for metric in facts.metrics] or None,
         base_model_relation=None if base is None else "adapter",
     )
@@ -149,7 +149,7 @@ def _evaluation(facts: CardFacts) -> str:
     rows = [(_text(m.name), _text(m.dataset), f"{m.value:.4g}", _text(m.note or "")) for m in facts.metrics]
     commands = list(dict.fromkeys(metric.command for metric in facts.metrics if metric.command))
     shown = "Measured with\n\n" + _fenced("\n".join(commands)) if commands else ""
-    table = _table(("Metric", "Measured on", "Value", ""), rows)
+    table = _table(("Metric", "Measured on", "Value", "Compared with"), rows)
     return "\n\n".join(filter(None, ["## Evaluation", table, shown, figure]))
 
 

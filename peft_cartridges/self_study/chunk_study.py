@@ -97,9 +97,7 @@ class ChunkStudy:
                 passed = [c for c in made if self._passes(c, chunk, filters, report)]
                 scored = self._score(session, passed)
             report.made += len(made)
-            report.generated_tokens += sum(
-                len(turn.answer_ids) for c in made if c.seed_type != "recitation" for turn in c.turns
-            )
+            report.generated_tokens += sum(turn.generated for c in made for turn in c.turns)
             recitations += [one for one in scored if one.conversation.seed_type == "recitation"][: missing[0]]
             found = [one for one in scored if one.conversation.seed_type != "recitation"]
             dialogues += self._most_useful(found, preamble, missing[1], report)

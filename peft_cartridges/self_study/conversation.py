@@ -25,6 +25,7 @@ class Turn:
         answer_ids: Token ids of the answer, with the end-of-turn token if the model ended it.
         question_ended, answer_ended: Whether the model ended them, or they were cut.
         top_k: The teacher's targets for `answer_ids`, where the engine gave them along.
+        generated: Tokens that were generated for it, question and answer.
     """
 
     question: str
@@ -33,6 +34,7 @@ class Turn:
     question_ended: bool = True
     answer_ended: bool = True
     top_k: TopK | None = None
+    generated: int = 0
 
 
 @dataclass(frozen=True)

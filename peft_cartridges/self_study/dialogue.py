@@ -119,7 +119,9 @@ class Dialogue:
             for i in going:
                 question = f"{self._text(questions[i].token_ids)} {plans[i].reasoning}".strip()
                 prompt_ids = self._answering(conversations[i], question)
-                turns.append(Turn(question, prompt_ids, [], self._ended(questions[i])))
+                turns.append(
+                    Turn(question, prompt_ids, [], self._ended(questions[i]), generated=len(questions[i].token_ids))
+                )
             answers = self._generate(
                 [conversations[i].turn_ids + turn.prompt_ids for i, turn in zip(going, turns, strict=True)],
                 [_seed(plans[i], number, "answer") for i in going],
@@ -127,9 +129,10 @@ class Dialogue:
                 self.args.answer_temperature,
             )
             for i, turn, answer in zip(going, turns, answers, strict=True):
-                conversations[i].turns.append(
-                    replace(turn, answer_ids=answer.token_ids, answer_ended=self._ended(answer), top_k=answer.top_k)
-                )
+                changes: dict[str, Any] = {"answer_ids": answer.token_ids, "top_k": answer.top_k}
+                changes["answer_ended"] = self._ended(answer)
+                changes["generated"] = turn.generated + len(answer.token_ids)
+                conversations[i].turns.append(replace(turn, **changes))
         return conversations
 
     def _asking(self, plan: Plan, conversation: Conversation) -> list[int]:

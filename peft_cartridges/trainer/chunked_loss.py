@@ -15,7 +15,7 @@ LogitLoss = Callable[..., Tensor]
 
 
 def chunked_loss(
-    student: Tensor, teacher: Tensor, head: OutputHead, loss: LogitLoss, *, chunk_size: int = 512
+    student: Tensor, teacher: Tensor, head: OutputHead, loss: LogitLoss, *, chunk_size: int = 128
 ) -> Tensor:
     """Sum over positions of `loss(head(student), head(teacher))`, see `chunked_sum`.
 
@@ -36,7 +36,7 @@ def chunked_loss(
 
 
 def chunked_sum(
-    student: Tensor, targets: tuple[Tensor, ...], head: OutputHead, loss: LogitLoss, *, chunk_size: int = 512
+    student: Tensor, targets: tuple[Tensor, ...], head: OutputHead, loss: LogitLoss, *, chunk_size: int = 128
 ) -> Tensor:
     """Sum over positions of `loss(head(student), *targets)`, computed `chunk_size` positions at a time.
 

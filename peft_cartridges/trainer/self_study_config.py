@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
 from transformers import TrainingArguments
 
@@ -23,7 +23,7 @@ class SelfStudyConfig(SynthesisConfig, TrainingArguments):
         ValueError: a value is out of its range, or two do not go together; the message names them.
     """
 
-    _VALID_DICT_FIELDS: ClassVar[list[str]] = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs"]
+    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs"]  # noqa: RUF012 (as in the base)
 
     # -- the model and its cartridge -----------------------------------------------------------------------------------
 
@@ -68,7 +68,7 @@ class SelfStudyConfig(SynthesisConfig, TrainingArguments):
         },
     )
     loss_chunk_size: int = field(
-        default=512,
+        default=128,
         metadata={"help": "Positions whose logits exist at a time while the loss over the vocabulary is computed."},
     )
     use_liger_kernel: bool = field(
@@ -153,7 +153,8 @@ class SelfStudyConfig(SynthesisConfig, TrainingArguments):
     # -- what is shown -------------------------------------------------------------------------------------------------
 
     logging_steps: float = field(default=10, metadata={"help": "Log every so many steps."})
-    report_to: str | list[str] | None = field(
+    # HfArgumentParser wants `None` first.
+    report_to: None | str | list[str] = field(  # noqa: RUF036
         default="none", metadata={"help": "Trackers to report to, as in Trainer: trackio, tensorboard, wandb, …"}
     )
     plot: bool = field(
