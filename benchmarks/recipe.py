@@ -28,7 +28,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from peft_cartridges import CartridgeConfig, SelfStudyConfig, SelfStudySynthesizer, SelfStudyTrainer, SynthesisConfig
 from peft_cartridges.chat import encode_context
-from peft_cartridges.evaluation import ContextGap, measure_context_gap
+from peft_cartridges.evaluation import ContextGap, gold_answer_nll, measure_context_gap
 
 ROOT = Path(__file__).parents[1]
 CORPORA = ("lighthouse_handbook", "orchard_cooperative")
@@ -135,10 +135,9 @@ class Search:
         start = time.perf_counter()
         trainer.train()
         train_seconds = time.perf_counter() - start
-        trainer._gap.gold_questions, trainer._gap.gold_gap = questions, gap
-        metrics = trainer.evaluate()
+        nll = gold_answer_nll(trainer.model, self.tokenizer, questions)
         trainer.model.base_model.set_kv_prefix(before)
-        start_metrics = trainer.evaluate()
+        nll_start = gold_answer_nll(trainer.model, self.tokenizer, questions)
         self.model = trainer.model.unload()
         record = {
             "name": run.name, "group": run.group, "corpus": run.corpus, "corpus_tokens": corpus_tokens,
@@ -146,8 +145,7 @@ class Search:
             "conversations": len(conversations), "steps": trainer.state.global_step,
             "synthesis_seconds": round(synthesis_seconds, 1), "train_seconds": round(train_seconds, 1),
             "nll_no_context": gap.no_context, "nll_full_context": gap.full_context,
-            "nll_start": start_metrics["eval_gold_nll"], "nll": metrics["eval_gold_nll"],
-            "gap_closed": metrics["eval_gold_gap_closed"],
+            "nll_start": nll_start, "nll": nll, "gap_closed": gap.closed(nll),
             "losses": [round(entry["loss"], 4) for entry in trainer.state.log_history if "loss" in entry],
             "command": "python " + " ".join(["benchmarks/recipe.py", run.name]), "threads": torch.get_num_threads(),
         }  # fmt: skip
@@ -172,8 +170,6 @@ class Search:
             conversations,
             processing_class=self.tokenizer,
             peft_config=CartridgeConfig(num_tokens=num_tokens, num_frozen_tokens=run.num_frozen_tokens),
-            # Held-out questions are measured once, at the end: the time is the training's.
-            gold_questions=[{"question": "?", "answer": "?"}],
             corpus=text,
         )
 

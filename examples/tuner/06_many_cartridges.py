@@ -31,10 +31,8 @@ with tempfile.TemporaryDirectory() as folder:
     lora_only = lora(ids).logits
     beside = PeftModel.from_pretrained(lora, f"{folder}/lighthouse").eval()
     with_both = beside(ids).logits
-    with beside.disable_adapter():
-        torch.testing.assert_close(beside(ids).logits, lora_only)
     assert not torch.allclose(with_both, lora_only) and not torch.allclose(with_both, expected["lighthouse"])
-    beside.unload()
+    torch.testing.assert_close(beside.unload()(ids).logits, lora_only)  # the LoRA stays
     base_model = lora.unload()
 
     model = PeftModel.from_pretrained(base_model, f"{folder}/lighthouse", adapter_name="lighthouse").eval()
@@ -43,8 +41,8 @@ with tempfile.TemporaryDirectory() as folder:
 model.set_adapter(["lighthouse", "orchard"])
 composed = model(ids).logits
 rows = model(ids.repeat(3, 1), adapter_names=["lighthouse", "__base__", "orchard"]).logits
-torch.testing.assert_close(composed, expected["both"], atol=1e-2, rtol=1e-3)
+torch.testing.assert_close(composed, expected["both"], atol=1e-3, rtol=1e-3)
 wanted = torch.cat([expected["lighthouse"], none, expected["orchard"]])
-torch.testing.assert_close(rows, wanted, atol=1e-2, rtol=1e-3)
+torch.testing.assert_close(rows, wanted, atol=1e-3, rtol=1e-3)
 print("Composed, and one for each row: the logits are those of past_key_values")
 assert not torch.allclose(rows[0], rows[1], atol=0.1)

@@ -33,4 +33,4 @@ with torch.no_grad():
     logits = [model(**batch).logits for model in (ours, stock, again)]
 difference = max((other - logits[0]).abs().max().item() for other in logits[1:])
 print(f"Ours, stock PEFT and ours again: logits differ by {difference:.1e}")
-assert difference < 1e-2
+assert difference < 1e-3

@@ -87,7 +87,6 @@ def test_two_processes_give_the_same_as_one(tmp_path: Path) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert "8/8" in done.stderr, "the main process made other chunks than its four"
     alone = runs.synthesize(None, num_conversations=14)
     assert f"rank 0: {len(alone)} rows" in done.stdout and f"rank 1: {len(alone)} rows" in done.stdout
     _same(runs.synthesize(tmp_path, num_conversations=14), alone)
