@@ -19,6 +19,7 @@ from ..self_study import (
 )
 from ..self_study.backends import BackendError, OpenAIBackend, VLLMBackend
 from ..self_study.chunking import Chunker
+from ..self_study.processes import Processes, partial_state
 
 BACKENDS = ("transformers", "vllm", "openai")
 
@@ -98,6 +99,8 @@ def run(args: argparse.Namespace) -> None:
         dataset = synthesizer.synthesize(documents, args.output_dir)
     except BackendError as error:
         raise OSError(str(error)) from error
+    if not Processes().is_main:
+        return
     print(format_report(read_report(dataset)))
     if args.output_dir is not None:
         print(f"The data set is in {args.output_dir}.")
@@ -122,12 +125,11 @@ def _make_synthesizer(args: argparse.Namespace, settings: SynthesisConfig, token
     if args.backend == "vllm":
         engine = VLLMBackend(args.model, tokenizer, top_k=settings.teacher_top_k, dtype=args.dtype)
         return SelfStudySynthesizer(None, tokenizer, settings, backend=engine)
-    from accelerate import PartialState
     from transformers import AutoModelForCausalLM
 
     model: Any = AutoModelForCausalLM.from_pretrained(args.model, dtype=args.dtype)
     # Of several processes each has a device of its own.
-    return SelfStudySynthesizer(model.to(args.device or PartialState().device).eval(), tokenizer, settings)
+    return SelfStudySynthesizer(model.to(args.device or partial_state().device).eval(), tokenizer, settings)
 
 
 def _load_tokenizer(args: argparse.Namespace) -> Any:

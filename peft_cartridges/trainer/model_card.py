@@ -67,6 +67,7 @@ def _facts(trainer: SelfStudyTrainer, folder: str) -> CardFacts:
     recipe |= {name: value for name, value in origin.get("synthesis", {}).items() if name in _SYNTHESIS}
     typed = isinstance(data, Dataset) and "seed_type" in data.column_names
     return CardFacts(
+        repo_id=getattr(trainer, "hub_model_id", None),
         corpus_name=corpus.get("name"),
         corpus_tokens=tokens,
         corpus_sha256=corpus.get("sha256"),
