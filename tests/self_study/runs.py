@@ -11,6 +11,7 @@ from typing import Any
 from datasets import Dataset
 
 from peft_cartridges import SelfStudySynthesizer, SynthesisConfig
+from peft_cartridges.self_study.chunk_study import ChunkStudy
 from tests.tiny_models import tiny_model, tiny_tokenizer
 
 TEXT = " ".join(f"the captain of w{number} says no . the sea is w{number + 1} ." for number in range(50, 110))
@@ -35,5 +36,12 @@ def slowly(output_dir: str) -> None:
 
 
 if __name__ == "__main__":
+    study, chunks = ChunkStudy.study, []
+
+    def counted(self: ChunkStudy, chunk: Any, *args: Any) -> Any:
+        chunks.append(chunk.id)
+        return study(self, chunk, *args)
+
+    ChunkStudy.study = counted
     made = synthesize(sys.argv[1], num_conversations=int(sys.argv[2]))
-    print(f"rank {os.environ.get('RANK', '0')}: {len(made)} rows", flush=True)
+    print(f"rank {os.environ.get('RANK', '0')}: {len(chunks)} chunks studied, {len(made)} rows", flush=True)

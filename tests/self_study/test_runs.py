@@ -88,7 +88,8 @@ def test_two_processes_give_the_same_as_one(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     alone = runs.synthesize(None, num_conversations=14)
-    assert f"rank 0: {len(alone)} rows" in done.stdout and f"rank 1: {len(alone)} rows" in done.stdout
+    assert f"rank 0: 4 chunks studied, {len(alone)} rows" in done.stdout
+    assert f"rank 1: 3 chunks studied, {len(alone)} rows" in done.stdout
     _same(runs.synthesize(tmp_path, num_conversations=14), alone)
 
 
