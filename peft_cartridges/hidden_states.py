@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -52,6 +53,13 @@ def pad_right(rows: Sequence[Sequence[int]], value: int = 0) -> Tensor:
     return torch.tensor([[*row, *[value] * (width - len(row))] for row in rows])
 
 
+@dataclass
+class _DecoderOutput(BaseModelOutputWithPastAndCrossAttentions):
+    """What a decoder gives, as any causal LM around it reads it: mixtures of experts ask for router logits too."""
+
+    router_logits: Any = None
+
+
 class OutputHead:
     """The part of a causal LM behind its final hidden states, with the soft caps and scales that some models have.
 
@@ -66,7 +74,7 @@ class OutputHead:
     def __call__(self, hidden: Tensor) -> Tensor:
         """Logits `[..., vocab_size]` of final hidden states `[..., hidden_size]`."""
         rows = hidden.reshape(1, -1, hidden.shape[-1])
-        with _answering(self.decoder, BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=rows)):
+        with _answering(self.decoder, _DecoderOutput(last_hidden_state=rows)):
             logits = self.model(inputs_embeds=rows, use_cache=False).logits
         return logits.reshape(*hidden.shape[:-1], -1)
 

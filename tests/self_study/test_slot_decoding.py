@@ -14,7 +14,7 @@ from peft_cartridges.self_study.backends.slot_decoding import SlotDecoder, can_d
 from tests.tiny_models import tiny_model, tiny_tokenizer, token_ids
 
 ENDS = {2, *range(100, 116)}  # often met, so that rows end at different lengths
-NAMES = ("llama", "mistral", "qwen3", "gemma2", "gemma3", "gpt2", "smollm3", "gpt_neox")
+NAMES = ("llama", "mistral", "qwen3", "gemma2", "gemma3", "gpt2", "smollm3", "gpt_neox", "gpt_oss", "deepseek_v3")
 
 
 def _prompts() -> list[list[int]]:

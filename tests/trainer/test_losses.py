@@ -55,7 +55,7 @@ def test_the_ends_of_the_generalized_divergence_are_the_two_kls() -> None:
     assert torch.equal(jensen_shannon(student, teacher, 1), reverse_kl(student, teacher))
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma2", "granite", "gpt2"])
+@pytest.mark.parametrize("name", ["llama", "gemma2", "granite", "gpt2", "qwen3_moe", "gpt_oss", "deepseek_v3"])
 def test_the_head_is_the_models_own(name: str) -> None:
     model = tiny_model(name)
     head = OutputHead(model)
