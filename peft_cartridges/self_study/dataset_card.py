@@ -16,7 +16,7 @@ _CARD = """\
 A model, `{model}`, wrote these conversations about a text that it had in its context, and what it would have said of
 each token is kept with them. They train a cartridge: a small KV cache that stands in for the text
 ([arXiv 2506.06266](https://arxiv.org/abs/2506.06266)). Made by
-[peft-cartridges](https://pypi.org/project/peft-cartridges/) {version}.
+peft-cartridges {version}.
 
 ```python
 from datasets import load_dataset
