@@ -184,15 +184,15 @@ class SelfStudySynthesizer:
         """Studies the chunks that are not done; each draws from its own seed, whoever does it and when."""
         study = ChunkStudy(self.backend, self.processing_class, self.args, self.seed_prompts)
         done = shards.done()
-        todo = [number for number in mine if number not in done]
+        pending = [number for number in mine if number not in done]
         wanted = sum(plan[number][1] for number in mine)
-        left = sum(plan[number][1] for number in todo)
+        left = sum(plan[number][1] for number in pending)
         progress = Progress(wanted, wanted - left, shown=shown)
-        if not todo:
+        if not pending:
             progress.bar.close()
             return progress
         with progress, self.backend.running():
-            for number in todo:
+            for number in pending:
                 chunk, count = plan[number]
                 rows, report = study.study(chunk, count, random.Random(f"{self.args.seed}/{number}"))
                 shards.write(number, rows, report)
