@@ -100,12 +100,16 @@ def _answering(module: Any, output: Any) -> Iterator[None]:
 
 def forward_hidden_states(model: nn.Module, **inputs: Any) -> Tensor:
     """Final hidden states `[batch, q_len, hidden_size]` by a forward of the whole `model` (which may be wrapped for
-    distributed training), with logits for the last position only."""
+    distributed training), with logits for one position of one row only."""
     inner = unwrap(model)
     captured: list[Tensor] = []
-    handle = _decoder(inner).register_forward_hook(
-        lambda module, args, output: captured.append(output.last_hidden_state)
-    )
+
+    def keep_one(module: nn.Module, args: Any, output: Any) -> Any:
+        captured.append(output.last_hidden_state)
+        output.last_hidden_state = output.last_hidden_state[:1, -1:].contiguous()
+        return output
+
+    handle = _decoder(inner).register_forward_hook(keep_one)
     try:
         model(**inputs, **keep_last_logit(inner), use_cache=False)
     finally:

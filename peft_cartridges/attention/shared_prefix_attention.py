@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import batched_bfloat16
 from .kernels import Scoring, attend, attend_backward
 
 
@@ -93,10 +94,13 @@ def _forward(
     else:
         extra = [] if sinks is None else [sinks.to(lse.dtype)[None, :, None].expand_as(lse)]
         merged_lse = torch.stack([*lses, *extra]).logsumexp(0)
-    merged = outputs[0] * (lses[0] - merged_lse).exp()[..., None]
-    for part_output, part_lse in zip(outputs[1:], lses[1:], strict=True):
-        merged += part_output * (part_lse - merged_lse).exp()[..., None]
-    return merged.to(query.dtype), merged_lse
+    # In the queries' dtype: products of two dtypes are several times slower on a CPU, and more exact by no more than
+    # what the result is rounded to.
+    weights = [(part_lse - merged_lse).exp()[..., None].to(query.dtype) for part_lse in lses]
+    merged = outputs[0] * weights[0]
+    for part_output, weight in zip(outputs[1:], weights[1:], strict=True):
+        merged.addcmul_(part_output, weight)
+    return merged, merged_lse
 
 
 class _SharedPrefixAttention(torch.autograd.Function):
@@ -149,7 +153,14 @@ def _attend_rows(
         packed = query.reshape(batch, key.shape[1], groups, -1)
         output, lse = attend(packed, key, value, mask, Scoring(scoring.scale, scoring.softcap))
         return output.reshape(batch, heads, 1, -1), lse.reshape(batch, heads, 1)
+    if _batches_pay(query, key, value, mask, scoring):
+        return batched_bfloat16.attend_causal(query, key, value, scoring.scale)
     return attend(query, _repeat(key, groups), _repeat(value, groups), mask, scoring)
+
+
+def _batches_pay(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scoring: Scoring) -> bool:
+    plain = mask is None and scoring.causal and scoring.softcap is None and query.dtype == value.dtype
+    return plain and batched_bfloat16.is_faster(query, key)
 
 
 def _attend_rows_backward(
@@ -162,6 +173,8 @@ def _attend_rows_backward(
     mask: Tensor | None,
     scoring: Scoring,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    if _batches_pay(query, key, value, mask, scoring):
+        return batched_bfloat16.attend_causal_backward(grad, query, key, value, output, lse, scoring.scale)
     groups = query.shape[1] // key.shape[1]
     d_query, d_key, d_value = attend_backward(
         grad, query, _repeat(key, groups), _repeat(value, groups), output, lse, mask, scoring

@@ -42,8 +42,8 @@ def attend_tiled(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tup
         highest = scores.amax(-1, keepdim=True).mul_(scale)
         torch.addmm(highest.neg(), q, transposed, alpha=scale, out=scores)
         total = scores.exp_().sum(-1, dtype=torch.float32)
-        output[b, h, rows] = ((scores @ value[b, h]).float() / total[:, None]).to(query.dtype)
-        lse[b, h, rows] = highest[:, 0].float() + total.log()
+        output[b, h, rows] = (scores @ value[b, h]).float().div_(total[:, None])
+        lse[b, h, rows] = total.log_().add_(highest[:, 0].float())
     return output, lse
 
 
@@ -64,11 +64,11 @@ def attend_tiled_backward(
         weights, d_scores = buffer[0, : len(q)], buffer[1, : len(q)]
         torch.addmm(rounded[b, h, rows, None].neg(), q, key[b, h].t(), alpha=scale, out=weights)
         weights.exp_()
-        d_value[b, h] += weights.t() @ (g * row_factor).to(query.dtype)
+        d_value[b, h] += weights.t() @ g.float().mul_(row_factor).to(query.dtype)
         torch.addmm(delta[b, h, rows], g, value[b, h].t(), out=d_scores)
         d_scores.mul_(weights)
-        d_query[b, h, rows] = ((d_scores @ key[b, h]).float() * (row_factor * scale)).to(query.dtype)
-        d_key[b, h] += d_scores.t() @ (q * (row_factor * scale)).to(query.dtype)
+        d_query[b, h, rows] = (d_scores @ key[b, h]).float().mul_(row_factor * scale)
+        d_key[b, h] += d_scores.t() @ q.float().mul_(row_factor * scale).to(query.dtype)
     return d_query, d_key.to(key.dtype), d_value.to(value.dtype)
 
 

@@ -1,6 +1,9 @@
 """Distances between next-token distributions of a student and a teacher, in nats.
 
-All take logits (or log-probabilities, which are logits too) `[..., vocab_size]` of both and give `[...]`.
+All take logits (or log-probabilities, which are logits too) `[..., vocab_size]` of both and give `[...]`; the gradient
+is the student's alone. It has a closed form: with student probabilities q and h the derivative of the distance by q,
+d/dlogits = q (h - sum(q h)). That is computed along with the value, some rows at a time, so that nothing but the logits
+and their gradient is ever as large as the logits, and what lies between stays in the processor's cache.
 """
 
 from __future__ import annotations
@@ -8,8 +11,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
-from torch import Tensor, logaddexp
+import torch
+from torch import Tensor
 
 from .chunked_loss import chunked_loss
 
@@ -19,16 +24,22 @@ Divergence = Callable[[Tensor, Tensor], Tensor]
 
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd")
 
+# Log-probabilities of student and teacher `[rows, vocab_size]`, and whether the gradient is wanted, to the value
+# `[rows]` and the gradient by the student's logits.
+_Rule = Callable[[Tensor, Tensor, bool], tuple[Tensor, Tensor | None]]
+
+# Logits worked on at a time.
+_BLOCK = 1 << 20
+
 
 def forward_kl(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
     """KL(teacher || student): the student is to cover all that the teacher would say (arXiv 2506.06266)."""
-    student, teacher = _log_probs(student_logits, teacher_logits)
-    return (teacher.exp() * (teacher - student)).sum(-1)
+    return _RowwiseDivergence.apply(student_logits, teacher_logits, _forward_kl)
 
 
 def reverse_kl(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
     """KL(student || teacher): the student is to say nothing that the teacher would not (arXiv 2306.08543)."""
-    return forward_kl(teacher_logits, student_logits)
+    return _RowwiseDivergence.apply(student_logits, teacher_logits, _reverse_kl)
 
 
 def jensen_shannon(student_logits: Tensor, teacher_logits: Tensor, beta: float = 0.5) -> Tensor:
@@ -37,11 +48,7 @@ def jensen_shannon(student_logits: Tensor, teacher_logits: Tensor, beta: float =
     the forward and the reverse KL."""
     if beta in (0, 1):
         return (reverse_kl if beta else forward_kl)(student_logits, teacher_logits)
-    student, teacher = _log_probs(student_logits, teacher_logits)
-    mixture = logaddexp(teacher + math.log(beta), student + math.log(1 - beta))
-    of_teacher = (teacher.exp() * (teacher - mixture)).sum(-1)
-    of_student = (student.exp() * (student - mixture)).sum(-1)
-    return beta * of_teacher + (1 - beta) * of_student
+    return _RowwiseDivergence.apply(student_logits, teacher_logits, partial(_jensen_shannon, beta=beta))
 
 
 def get_divergence(name: str, beta: float = 0.5) -> Divergence:
@@ -54,9 +61,52 @@ def get_divergence(name: str, beta: float = 0.5) -> Divergence:
     return functions[name]
 
 
-def _log_probs(student_logits: Tensor, teacher_logits: Tensor) -> tuple[Tensor, Tensor]:
-    # Half precision has too few digits for a log-sum-exp over a vocabulary; float64 stays what it is.
-    student, teacher = (
-        logits.float() if logits.element_size() < 4 else logits for logits in (student_logits, teacher_logits)
-    )
-    return student.log_softmax(-1), teacher.log_softmax(-1)
+def _forward_kl(student: Tensor, teacher: Tensor, with_gradient: bool) -> tuple[Tensor, Tensor | None]:
+    weights = teacher.exp()
+    value = torch.linalg.vecdot(weights, teacher - student)
+    return value, student.exp_().sub_(weights) if with_gradient else None
+
+
+def _reverse_kl(student: Tensor, teacher: Tensor, with_gradient: bool) -> tuple[Tensor, Tensor | None]:
+    weights, difference = student.exp(), student.sub_(teacher)
+    value = torch.linalg.vecdot(weights, difference)
+    return value, difference.sub_(value[..., None]).mul_(weights) if with_gradient else None
+
+
+def _jensen_shannon(
+    student: Tensor, teacher: Tensor, with_gradient: bool, *, beta: float
+) -> tuple[Tensor, Tensor | None]:
+    mixture = torch.logaddexp(teacher + math.log(beta), student + math.log(1 - beta))
+    weights, difference = student.exp(), student.sub_(mixture)
+    of_student = torch.linalg.vecdot(weights, difference)
+    value = beta * torch.linalg.vecdot(teacher.exp(), teacher - mixture) + (1 - beta) * of_student
+    if not with_gradient:
+        return value, None
+    return value, difference.sub_(of_student[..., None]).mul_(weights).mul_(1 - beta)
+
+
+class _RowwiseDivergence(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, student_logits: Tensor, teacher_logits: Tensor, rule: _Rule) -> Tensor:
+        vocab_size = student_logits.shape[-1]
+        student, teacher = student_logits.reshape(-1, vocab_size), teacher_logits.reshape(-1, vocab_size)
+        # Half precision has too few digits for a log-sum-exp over a vocabulary; float64 stays what it is.
+        dtype = torch.promote_types(student.dtype, torch.float32)
+        values = student.new_empty(len(student), dtype=dtype)
+        gradient = torch.empty_like(student) if ctx.needs_input_grad[0] else None
+        step = max(1, _BLOCK // max(1, vocab_size))
+        for start in range(0, len(student), step):
+            rows = slice(start, start + step)
+            pair = (logits[rows].log_softmax(-1, dtype=dtype) for logits in (student, teacher))
+            values[rows], block = rule(*pair, gradient is not None)
+            if gradient is not None:
+                gradient[rows] = block
+        ctx.save_for_backward(gradient)
+        return values.reshape(student_logits.shape[:-1])
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,) = ctx.saved_tensors
+        shape = (*grad.shape, gradient.shape[-1])
+        return (gradient * grad.reshape(-1, 1).to(gradient.dtype)).reshape(shape), None, None
