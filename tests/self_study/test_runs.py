@@ -121,6 +121,16 @@ def test_a_folder_of_another_corpus_or_model_is_refused(tmp_path: Path) -> None:
         again(runs.tiny_model(seed=1), runs.TEXT)
 
 
+def test_a_folder_of_another_version_is_refused(tmp_path: Path) -> None:
+    runs.synthesize(tmp_path, num_conversations=4)
+    path = tmp_path / "self_study.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "format": 1}))
+    with pytest.raises(
+        ValueError, match=r"`output_dir` .* another version .* \(format 1, this one has 2\): use another"
+    ):
+        runs.synthesize(tmp_path, num_conversations=4)
+
+
 def test_damaged_files_are_named(tmp_path: Path) -> None:
     runs.synthesize(tmp_path, num_conversations=4)
     shard = tmp_path / "shards" / "chunk-000000.arrow"
