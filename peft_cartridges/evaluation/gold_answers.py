@@ -28,8 +28,8 @@ def gold_answer_nll(
         model: A causal LM, with whatever prefix or cartridge is active on it.
         processing_class: Its tokenizer or processor, with a chat template.
         questions: Pairs with `question` and `answer`.
-        in_context: Whether a system message stands in front already (a document by `shared_prefix`); otherwise the
-            question is rendered as the chat template does without one.
+        in_context: Whether a context stands in front already (a document by `shared_prefix`); otherwise the question is
+            rendered as the chat template does without one.
         batch_size: Pairs scored together.
 
     Raises:

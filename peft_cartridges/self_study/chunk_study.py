@@ -6,7 +6,7 @@ import math
 import random
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..chat import encode_context, encode_preamble
@@ -35,6 +35,10 @@ class ChunkReport:
     kept: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
     generated_tokens: int = 0
+
+    def without(self, lost: Counter[str]) -> ChunkReport:
+        """The report when further conversations are dropped, `lost` of them for which reason."""
+        return replace(self, kept=self.kept - lost.total(), dropped=self.dropped + lost)
 
     def to_dict(self) -> dict[str, Any]:
         return {**vars(self), "dropped": dict(+self.dropped)}

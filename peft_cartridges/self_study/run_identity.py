@@ -17,7 +17,8 @@ from .dialogue import SeedPrompts
 from .shards import RUN_FILE, write_atomically
 from .synthesis_config import SynthesisConfig
 
-FORMAT = 1
+# Of what `run_identity` gives: fingerprints of two formats cannot be compared.
+FORMAT = 2
 
 # How a run is carried out, not what comes out of it (up to rounding): may differ when it is resumed.
 _FREE = frozenset({"generation_batch_size"})
@@ -88,6 +89,12 @@ def claim_folder(output_dir: Path, identity: dict[str, Any]) -> None:
         found = json.loads(path.read_text())
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is damaged ({error}): use another `output_dir`.") from None
+    if found.get("format") != identity["format"]:
+        raise ValueError(
+            f"`output_dir` ({output_dir}) holds a run of another version of peft-cartridges (format "
+            f"{found.get('format')}, this one has {identity['format']}): use another `output_dir`, or carry it on with "
+            "that version."
+        )
     here, there = _comparable(identity), _comparable(found)
     if differences := [
         f"{key} ({there.get(key)!r} there, {here.get(key)!r} now)"
@@ -109,7 +116,7 @@ def _comparable(identity: dict[str, Any]) -> dict[str, Any]:
     identity = json.loads(json.dumps(identity))
     synthesis = {key: value for key, value in identity.get("synthesis", {}).items() if key not in _FREE}
     corpus = {"corpus sha256": identity.get("corpus", {}).get("sha256")}
-    names = ("format", "base_model", "model_fingerprint", "tokenizer_fingerprint")
+    names = ("base_model", "model_fingerprint", "tokenizer_fingerprint")
     return {**{name: identity.get(name) for name in names}, **corpus, **synthesis}
 
 

@@ -207,26 +207,27 @@ class SelfStudySynthesizer:
             raise ValueError(f"{len(missing)} of {number} chunks are missing, the first is number {missing[0]}.")
         parts, reports = zip(*(shards.read(index) for index in range(number)), strict=True)
         dataset = concatenate_datasets(list(parts))
-        keep, across = self._compare_chunks(dataset)
-        if len(keep) < len(dataset):
-            dataset = dataset.select(keep)
-        return dataset, make_report(reports, across, lengths)
+        reasons = self._compare_chunks(dataset)
+        lost: list[Counter[str]] = [Counter() for _ in parts]
+        chunk_of_row = (index for index, part in enumerate(parts) for _ in range(len(part)))
+        for index, reason in zip(chunk_of_row, reasons, strict=True):
+            if reason is not None:
+                lost[index][reason] += 1
+        if any(lost):
+            dataset = dataset.select([row for row, reason in enumerate(reasons) if reason is None])
+        return dataset, make_report([r.without(dropped) for r, dropped in zip(reports, lost, strict=True)], lengths)
 
-    def _compare_chunks(self, dataset: Dataset) -> tuple[list[int], Counter[str]]:
+    def _compare_chunks(self, dataset: Dataset) -> list[str | None]:
+        """For each row the filter that drops it because another chunk has its like, or `None`."""
         filters = make_filters(self.args.quality_filters, max_similarity=self.args.max_similarity)
         comparing = {name: one for name, one in filters.items() if one.compares}
-        across: Counter[str] = Counter()
         if not comparing:
-            return list(range(len(dataset))), across
-        keep = []
-        for index, row in enumerate(dataset.select_columns(["messages", "context", "seed_type"])):
-            candidate = Candidate(row["messages"], row["context"], row["seed_type"])
-            reason = next((name for name, one in comparing.items() if one.drops(candidate)), None)
-            if reason is None:
-                keep.append(index)
-            else:
-                across[reason] += 1
-        return keep, across
+            return [None] * len(dataset)
+        return [
+            next((name for name, one in comparing.items() if one.drops(candidate)), None)
+            for row in dataset.select_columns(["messages", "context", "seed_type"])
+            for candidate in [Candidate(row["messages"], row["context"], row["seed_type"])]
+        ]
 
 
 def _dataset_name(corpus: Any) -> str | None:

@@ -10,7 +10,7 @@ from datasets import Dataset
 from ..attention.layers import get_text_config
 from ..chat import get_tokenizer
 from ..self_study.backends import TransformersBackend
-from ..self_study.run_identity import tokenizer_fingerprint
+from ..self_study.run_identity import FORMAT, tokenizer_fingerprint
 
 _ROWS_LOOKED_AT = 8
 
@@ -50,11 +50,17 @@ def check_origin(dataset: Dataset, name: str, model: Any, processing_class: Any)
     """
     origin = read_origin(dataset)
     made_by = origin.get("model_fingerprint")
+    if made_by and origin.get("format") != FORMAT:
+        raise ValueError(
+            f"`{name}` was made by another version of peft-cartridges (format {origin.get('format')}, this one has "
+            f"{FORMAT}), so it cannot be told whether this is its base model: synthesize it anew, or, if you know that "
+            f'it is, set `{name}.info.description = ""`.'
+        )
     if made_by and made_by != TransformersBackend(model, processing_class).fingerprint:
         raise ValueError(
-            f"`{name}` was made with another base model ({origin.get('base_model') or 'unnamed'}, or the same one in "
-            f"another dtype) than {getattr(model.config, '_name_or_path', '') or type(model).__name__}, whose targets "
-            "mean nothing to this one: load that model, or synthesize the data set anew."
+            f"`{name}` was made with another base model ({origin.get('base_model') or 'unnamed'}, or its weights before "
+            f"they were changed) than {getattr(model.config, '_name_or_path', '') or type(model).__name__}, and its "
+            "targets mean nothing to this one: load that model, or synthesize the data set anew."
         )
     made_with = origin.get("tokenizer_fingerprint")
     if made_with and made_with != tokenizer_fingerprint(processing_class):

@@ -43,11 +43,13 @@ def test_a_run_is_made_and_carried_on(
     assert main(command) == 0
     shown = capsys.readouterr().out
     assert "1 document, 720 tokens" in shown and "6 conversations kept of" in shown and "log.md: " in shown
+    assert "Chunks by what was kept of them: all 2," in shown
     shards = {path: path.stat().st_mtime_ns for path in (tmp_path / "out" / "shards").iterdir()}
     assert len(shards) == 4
     assert main(command) == 0
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out" / "shards").iterdir()} == shards
     told = json.loads((tmp_path / "out" / "self_study.json").read_text())
+    assert [row["document"] for row in told["report"]["per_chunk"]] == ["log.md"] * 2
     assert told["report"]["kept"] == 6 and told["corpus"]["name"] == "log.md" and told["base_model"] == model
     assert main([*command, "--seed", "7"]) == 1
     assert "cartridges synthesize: error: `output_dir` " in capsys.readouterr().err

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import json
 import os
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,11 @@ def slowly(output_dir: str) -> None:
     synthesize(output_dir)
 
 
-if __name__ == "__main__":
+def together(output_dir: str, number: int, rank: int, port: int) -> None:
+    """As one of two processes that a launcher started; says in `rank-N.json` how much it studied and what it got."""
+    launched = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in launched.items()})
+    os.environ.update(MASTER_ADDR="127.0.0.1", ACCELERATE_USE_CPU="true")
     study, chunks = ChunkStudy.study, []
 
     def counted(self: ChunkStudy, chunk: Any, *args: Any) -> Any:
@@ -43,5 +47,6 @@ if __name__ == "__main__":
         return study(self, chunk, *args)
 
     ChunkStudy.study = counted
-    made = synthesize(sys.argv[1], num_conversations=int(sys.argv[2]))
-    print(f"rank {os.environ.get('RANK', '0')}: {len(chunks)} chunks studied, {len(made)} rows", flush=True)
+    made = synthesize(output_dir, num_conversations=number)
+    told = {"studied": chunks, "input_ids": made["input_ids"][:]}
+    (Path(output_dir) / f"rank-{rank}.json").write_text(json.dumps(told))

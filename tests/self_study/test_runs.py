@@ -7,8 +7,7 @@ import multiprocessing
 import os
 import random
 import signal
-import subprocess
-import sys
+import socket
 import time
 from pathlib import Path
 from typing import Any
@@ -21,12 +20,18 @@ from peft_cartridges.self_study.chunking import Document
 from peft_cartridges.self_study.shards import Shards
 from tests.self_study import runs
 
-ROOT = Path(__file__).parents[2]
-
 
 @pytest.fixture(scope="module")
 def unbroken() -> Dataset:
     return runs.synthesize(None)
+
+
+@pytest.fixture(scope="module")
+def processes() -> Any:
+    """Starts processes that have imported everything already."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.self_study.runs"])
+    return context
 
 
 def _shards(folder: Path) -> dict[str, bytes]:
@@ -39,12 +44,10 @@ def _same(one: Dataset, other: Dataset) -> None:
     assert read_report(one)["report"] == read_report(other)["report"]
 
 
-def test_a_run_killed_ten_times_loses_and_repeats_nothing(tmp_path: Path, unbroken: Dataset) -> None:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.self_study.runs"])
+def test_a_run_killed_ten_times_loses_and_repeats_nothing(tmp_path: Path, unbroken: Dataset, processes: Any) -> None:
     rng, finished = random.Random(0), {}
     for _ in range(10):
-        process = context.Process(target=runs.slowly, args=(str(tmp_path),))
+        process = processes.Process(target=runs.slowly, args=(str(tmp_path),))
         process.start()
         wanted, deadline = len(finished) + rng.randint(1, 4), time.monotonic() + 120
         while process.is_alive() and time.monotonic() < deadline:
@@ -74,22 +77,31 @@ def test_a_finished_run_is_read_and_not_made_again(tmp_path: Path, monkeypatch: 
 
 def test_the_same_seed_gives_the_same_data_set_and_another_seed_another(unbroken: Dataset) -> None:
     _same(runs.synthesize(None), unbroken)
-    assert runs.synthesize(None, seed=1)["input_ids"] != unbroken["input_ids"]
+    other = runs.synthesize(None, num_conversations=20, seed=1)
+    assert other["input_ids"] != unbroken["input_ids"][: len(other)]
 
 
 def test_the_batch_size_changes_nothing(unbroken: Dataset) -> None:
-    assert runs.synthesize(None, generation_batch_size=1)["input_ids"] == unbroken["input_ids"]
+    one_by_one = runs.synthesize(None, num_conversations=40, generation_batch_size=1)
+    assert one_by_one["input_ids"] == unbroken["input_ids"][: len(one_by_one)]
 
 
-def test_two_processes_give_the_same_as_one(tmp_path: Path) -> None:
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command = [sys.executable, *launch, "-m", "tests.self_study.runs", str(tmp_path), "14"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-2000:]
+def test_two_processes_give_the_same_as_one(tmp_path: Path, processes: Any) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    started = [
+        processes.Process(target=runs.together, args=(str(tmp_path), 14, rank, port), daemon=True) for rank in range(2)
+    ]
+    for process in started:
+        process.start()
+    for process in started:
+        process.join(120)
+        assert process.exitcode == 0
     alone = runs.synthesize(None, num_conversations=14)
-    assert f"rank 0: 4 chunks studied, {len(alone)} rows" in done.stdout
-    assert f"rank 1: 3 chunks studied, {len(alone)} rows" in done.stdout
+    first, second = (json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in range(2))
+    assert len(first["studied"]) == 4 and len(second["studied"]) == 3, "not shared, or studied by both"
+    assert first["input_ids"] == second["input_ids"] == alone["input_ids"]
     _same(runs.synthesize(tmp_path, num_conversations=14), alone)
 
 
@@ -119,6 +131,16 @@ def test_a_folder_of_another_corpus_or_model_is_refused(tmp_path: Path) -> None:
         again(runs.tiny_model(), [Document("doc0", f"{runs.TEXT} the end .")])
     with pytest.raises(ValueError, match="model_fingerprint"):
         again(runs.tiny_model(seed=1), runs.TEXT)
+
+
+def test_a_folder_of_another_version_is_refused(tmp_path: Path) -> None:
+    runs.synthesize(tmp_path, num_conversations=4)
+    path = tmp_path / "self_study.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "format": 1}))
+    with pytest.raises(
+        ValueError, match=r"`output_dir` .* another version .* \(format 1, this one has 2\): use another"
+    ):
+        runs.synthesize(tmp_path, num_conversations=4)
 
 
 def test_damaged_files_are_named(tmp_path: Path) -> None:

@@ -66,6 +66,29 @@ def test_targets_are_the_states_of_the_model_with_the_chunk_in_context(dataset: 
         torch.testing.assert_close(stored, predicting, atol=2e-3, rtol=2e-3)
 
 
+def test_rows_are_what_the_chat_template_gives_without_a_system_role_too() -> None:
+    tokenizer, model = tiny_tokenizer(), tiny_model()
+    tokenizer.chat_template = (
+        "{{ bos_token }} {% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('no system') }}"
+        "{% elif m['role'] == 'user' %}<user> {{ m['content'] }} <end> <assistant> {% else %}{{ m['content'] }} <eos> "
+        "{% endif %}{% endfor %}"
+    )
+    for row in SelfStudySynthesizer(model, tokenizer, ARGS).synthesize(TEXT):
+        first = row["completion_mask"].index(1)
+        asked = row["messages"][:1]
+        prompt = tokenizer.apply_chat_template(asked, tokenize=True, return_dict=False)
+        assert row["input_ids"][:first] == prompt
+        # The teacher's question stands behind the chunk in the same message, and has the same ids.
+        (question,) = asked
+        merged = [{**question, "content": f"{row['context']}\n\n{question['content']}"}]
+        teacher = tokenizer.apply_chat_template(merged, tokenize=True, return_dict=False) + row["input_ids"][first:]
+        with torch.no_grad():
+            hidden = model.model(torch.tensor([teacher])).last_hidden_state[0]
+        predicting = hidden[-sum(row["completion_mask"]) - 1 : -1]
+        stored = torch.tensor(np.array(row["teacher_hidden_states"], dtype=np.float32)).reshape(predicting.shape)
+        torch.testing.assert_close(stored, predicting, atol=2e-3, rtol=2e-3)
+
+
 def test_the_same_seed_gives_the_same_rows(dataset: Dataset) -> None:
     assert _synthesize()["input_ids"] == dataset["input_ids"]
     assert _synthesize(seed=7)["input_ids"] != dataset["input_ids"]

@@ -251,6 +251,21 @@ def test_a_data_set_of_another_base_model_is_refused(tmp_path: Path, conversatio
         make_trainer(tmp_path, wide, _undescribed(conversations))
 
 
+def test_a_data_set_of_the_same_model_in_another_dtype_is_taken(tmp_path: Path, conversations: Dataset) -> None:
+    make_trainer(tmp_path, tiny_model(dtype=torch.bfloat16), conversations)
+
+
+def test_a_data_set_whose_fingerprint_cannot_be_compared_is_refused(tmp_path: Path, conversations: Dataset) -> None:
+    told = _undescribed(conversations)
+    told.info.description = json.dumps({**json.loads(conversations.info.description), "format": 1})
+    with pytest.raises(
+        ValueError, match=r"`train_dataset` was made by another version .* \(format 1, this one has 2\)"
+    ):
+        make_trainer(tmp_path, dataset=told)
+    told.info.description = ""  # the remedy that the message names
+    make_trainer(tmp_path, dataset=told)
+
+
 def test_a_data_set_of_another_tokenizer_is_refused(tmp_path: Path, conversations: Dataset) -> None:
     shifted = conversations.map(lambda row: {"input_ids": [(i + 9) % 128 for i in row["input_ids"]]})
     with pytest.raises(ValueError, match=r"with this tokenizer, but its answer is .* another tokenizer"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 import torch
 
@@ -39,6 +41,43 @@ def test_dropped_conversations_are_made_anew_and_counted(every_second: str) -> N
     text = format_report(read_report(once))
     assert "4 conversations kept of 8 made (50%)" in text and "dropped, every_second: 4" in text
     assert "doc0: " in text and "tokens generated about 2 chunks" in text
+    assert "Chunks by what was kept of them: all 0, half or more 2, less 0, none 0" in text
+    first = report["per_chunk"][0]
+    assert f"  doc0, tokens {first['start']}–{first['end']}: 2 of 4 (every_second 2)\n" in text
+
+
+def test_each_chunk_has_a_row_of_what_was_made_kept_and_dropped(every_second: str) -> None:
+    dataset = runs.synthesize(
+        None, num_conversations=14, conversations_per_chunk=4, quality_filters=[every_second, "truncated_question"]
+    )
+    report = read_report(dataset)["report"]
+    rows = report["per_chunk"]
+    assert len(rows) == report["chunks"] == 4
+    for row in rows:
+        assert row["id"] == f"{row['document']}:{row['start']}-{row['end']}"
+        assert row["kept"] == dataset["chunk_id"].count(row["id"]) == row["made"] - sum(row["dropped"].values())
+    assert sum((Counter(row["dropped"]) for row in rows), Counter()) == report["dropped"]
+    assert set(report["dropped"]) == {"every_second", "truncated_question"}
+    for name in ("made", "kept"):
+        assert sum(row[name] for row in rows) == report[name]
+
+
+def test_the_report_for_people_stays_short_and_begins_with_the_worst_chunks() -> None:
+    rows = [
+        {"id": "", "document": "d" * 200, "start": number, "end": number + 9, "made": 10, "kept": kept,
+         "dropped": {"refusal": 10 - kept} if kept < 10 else {}}
+        for number, kept in enumerate([10, 9, 5, 4, 0, 1] * 500)
+    ]  # fmt: skip
+    cover = {"covered": 1.0, "num_tokens": 9, "fewest": 1, "mean": 1.0, "most": 1}
+    report = {
+        "made": 30_000, "kept": 14_500, "dropped": {"refusal": 15_500}, "acceptance": 0.48, "generated_tokens": 1,
+        "chunks": len(rows), "coverage": {f"{'d' * 200}{number}": cover for number in range(300)}, "per_chunk": rows,
+    }  # fmt: skip
+    lines = format_report({"report": report}).splitlines()
+    assert "Chunks by what was kept of them: all 500, half or more 1000, less 1000, none 500" in lines
+    worst = [line for line in lines if "tokens 4–" in line or "tokens 10–" in line or "tokens 16–" in line]
+    assert len(worst) == 3 and all(line.endswith(": 0 of 10 (refusal 10)") for line in worst)
+    assert len(lines) < 40 and max(map(len, lines)) < 150
 
 
 def test_nothing_kept_is_an_error_that_says_why() -> None:
@@ -58,6 +97,10 @@ def test_duplicates_in_two_chunks_are_found_in_the_end() -> None:
     report = read_report(dataset)["report"]
     assert report["dropped"]["duplicate"] > 0
     assert report["kept"] == len(dataset) == 6 - report["dropped"]["duplicate"]
+    assert sum(row["kept"] for row in report["per_chunk"]) == len(dataset)
+    assert [row["made"] - row["dropped"].get("duplicate", 0) for row in report["per_chunk"]] == [
+        row["kept"] for row in report["per_chunk"]
+    ]
     contents = [str(row["messages"]) for row in dataset]
     assert len(set(contents)) == len(contents)
 
