@@ -135,9 +135,10 @@ class Search:
         start = time.perf_counter()
         trainer.train()
         train_seconds = time.perf_counter() - start
-        nll = gold_answer_nll(trainer.model, self.tokenizer, questions)
+        tokenizer = trainer.processing_class
+        nll = gold_answer_nll(trainer.model, tokenizer, questions)
         trainer.model.base_model.set_kv_prefix(before)
-        nll_start = gold_answer_nll(trainer.model, self.tokenizer, questions)
+        nll_start = gold_answer_nll(trainer.model, tokenizer, questions)
         self.model = trainer.model.unload()
         record = {
             "name": run.name, "group": run.group, "corpus": run.corpus, "corpus_tokens": corpus_tokens,

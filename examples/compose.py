@@ -32,6 +32,7 @@ from peft_cartridges import (
     CartridgeConfig,
     SelfStudyConfig,
     SelfStudyTrainer,
+    cartridge_chat_template,
     compose,
     gold_answer_nll,
     push_cartridge,
@@ -89,6 +90,7 @@ def main() -> None:
         adapters[order] = compose(chosen, output_dir=folder, sinks=args.sinks, base_model=HUB_REPO)
 
     rows = {"no context": measure(None, questions, model_path, tokenizer)}
+    tokenizer.chat_template = cartridge_chat_template(tokenizer)  # the one that they were trained with
     rows |= {name: measure(folder, questions, model_path, tokenizer) for name, folder in adapters.items()}
     print_table(rows, adapters)
     if len(args.corpora) == 2:
@@ -190,7 +192,7 @@ def train(
     trainer.train()
     trainer.save_model()
     prefix = trainer.model.get_kv_prefix()
-    nll = gold_answer_nll(trainer.model, tokenizer, questions)
+    nll = gold_answer_nll(trainer.model, trainer.processing_class, questions)
     command = "python " + " ".join(["examples/compose.py", *sys.argv[1:]])
     facts = CardFacts(
         corpus_name=text.name.replace("_", " "),

@@ -111,7 +111,7 @@ def main() -> None:
     trainer.train()
 
     print("3/4  Questions that training never saw")
-    cartridge = measure("cartridge", trainer.model.eval(), tokenizer, questions, shown)
+    cartridge = measure("cartridge", trainer.model.eval(), trainer.processing_class, questions, shown)
     rows = [none, cartridge, full]
     gap_closed = [(none.nll - row.nll) / (none.nll - full.nll) for row in rows]
     print_table(rows, gap_closed, shown)

@@ -14,6 +14,7 @@ from .tuner import CartridgeConfig, CartridgeModel  # registers with PEFT
 
 if TYPE_CHECKING:
     from .attention import UnsupportedModelError, shared_prefix
+    from .cartridge_template import cartridge_chat_template
     from .evaluation import gold_answer_nll
     from .hub import (
         HubError,
@@ -41,6 +42,7 @@ _LAZY = {
     "SelfStudyTrainer": "trainer",
     "SynthesisConfig": "self_study",
     "UnsupportedModelError": "attention",
+    "cartridge_chat_template": "cartridge_template",
     "check_base_model": "hub",
     "compose": "hub",
     "gold_answer_nll": "evaluation",
@@ -62,6 +64,7 @@ __all__ = [
     "SelfStudyTrainer",
     "SynthesisConfig",
     "UnsupportedModelError",
+    "cartridge_chat_template",
     "check_base_model",
     "compose",
     "gold_answer_nll",

@@ -10,6 +10,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from ..adapter_folder import read_cartridge
+from ..cartridge_template import with_cartridge_chat_template
 from .base_model import check_base_model
 from .card_facts import load_facts
 from .errors import HubError
@@ -28,7 +29,8 @@ def load_cartridge(
     is_trainable: bool = False,
     **model_kwargs: Any,
 ) -> tuple[PeftModel, Any]:
-    """A cartridge on its base model, ready to generate, and the base model's tokenizer.
+    """A cartridge on its base model, ready to generate, and the base model's tokenizer (with the chat template for
+    conversations behind a cartridge, where it was trained without the default system prompt).
 
     ```python
     model, tokenizer = load_cartridge("user/cartridge")
@@ -67,6 +69,8 @@ def load_cartridge(
         model = _loaded(name, AutoModelForCausalLM.from_pretrained, revision=base_revision or "main", **options)
     check_base_model(model, folder)
     tokenizer = _loaded(name, AutoTokenizer.from_pretrained, revision=base_revision or "main", **hub_options)
+    if load_facts(folder).recipe.get("default_system_prompt") is False:
+        tokenizer = with_cartridge_chat_template(tokenizer)
     peft_model = PeftModel.from_pretrained(model, folder, is_trainable=is_trainable)
     return (peft_model.train() if is_trainable else peft_model.eval()), tokenizer
 

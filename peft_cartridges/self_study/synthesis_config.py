@@ -81,6 +81,14 @@ class SynthesisConfig:
             '`{"enable_thinking": false}`. Use the same when you talk to the cartridge.'
         },
     )
+    default_system_prompt: bool = field(
+        default=False,
+        metadata={
+            "help": "Whether the student's conversations begin with what the chat template puts in front of one that "
+            "has no system message (a default system prompt, a date). Without it they are what they are behind a "
+            "document, which trains better; the tokenizer that is saved with the cartridge then leaves it out too."
+        },
+    )
     max_question_tokens: int = field(default=48, metadata={"help": "Longest question in tokens."})
     max_answer_tokens: int = field(default=96, metadata={"help": "Longest answer in tokens; a longer one is cut."})
     focus_share: float = field(

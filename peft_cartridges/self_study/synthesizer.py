@@ -12,6 +12,7 @@ from typing import Any
 from datasets import Dataset, concatenate_datasets
 from torch import nn
 
+from ..cartridge_template import with_cartridge_chat_template
 from .backends import Backend, TransformersBackend
 from .chat_template_arguments import WithTemplateArguments, parse_template_arguments
 from .chunk_study import ChunkStudy
@@ -63,6 +64,8 @@ class SelfStudySynthesizer:
         seed_prompts: SeedPrompts | None = None,
     ) -> None:
         self.args = args if args is not None else SynthesisConfig()
+        if not self.args.default_system_prompt:
+            processing_class = with_cartridge_chat_template(processing_class)
         arguments = parse_template_arguments(self.args.chat_template_kwargs)
         self.processing_class = WithTemplateArguments(processing_class, arguments) if arguments else processing_class
         if backend is None:

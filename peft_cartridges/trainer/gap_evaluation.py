@@ -26,6 +26,7 @@ class GapEvaluation:
         gold_questions: Pairs with `question` and `answer`, which training does not see.
         corpus: The text that the cartridge stands in for; without it there is no baseline with the text in context.
         batch_size: Pairs scored together.
+        without_context: The tokenizer or processor for the baseline without context, where that is another.
     """
 
     def __init__(
@@ -36,12 +37,14 @@ class GapEvaluation:
         corpus: str | None = None,
         *,
         batch_size: int = 16,
+        without_context: Any = None,
     ) -> None:
         self.model = model
         self.processing_class = processing_class
         self.gold_questions = list(gold_questions) if gold_questions is not None else []
         self.corpus = corpus
         self.batch_size = batch_size
+        self._without_context = processing_class if without_context is None else without_context
         self.gold_gap: ContextGap | None = None
         self._no_context_kl: dict[str, float] = {}
 
@@ -93,6 +96,6 @@ class GapEvaluation:
                 return None
             with self.model.disable_adapter():
                 self.gold_gap = measure_context_gap(
-                    self.model, self.processing_class, self.gold_questions, self.corpus, batch_size=self.batch_size
+                    self.model, self._without_context, self.gold_questions, self.corpus, batch_size=self.batch_size
                 )
         return self.gold_gap

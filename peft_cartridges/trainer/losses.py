@@ -97,9 +97,9 @@ class _RowwiseDivergence(torch.autograd.Function):
         step = max(1, _BLOCK // max(1, vocab_size))
         for start in range(0, len(student), step):
             rows = slice(start, start + step)
-            pair = (logits[rows].log_softmax(-1, dtype=dtype) for logits in (student, teacher))
-            values[rows], block = rule(*pair, gradient is not None)
-            if gradient is not None:
+            of_student, of_teacher = (logits[rows].log_softmax(-1, dtype=dtype) for logits in (student, teacher))
+            values[rows], block = rule(of_student, of_teacher, gradient is not None)
+            if gradient is not None and block is not None:
                 gradient[rows] = block
         ctx.save_for_backward(gradient)
         return values.reshape(student_logits.shape[:-1])

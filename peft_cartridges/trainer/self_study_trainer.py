@@ -15,6 +15,7 @@ from torch.utils.data import SequentialSampler
 from transformers import PreTrainedModel, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
 
+from ..cartridge_template import with_cartridge_chat_template
 from ..chat import get_tokenizer
 from ..hidden_states import OutputHead, forward_hidden_states
 from ..initialization import initialize_cartridge
@@ -52,6 +53,8 @@ class SelfStudyTrainer(CheckpointingTrainer):
             forward KL from the teacher on answers, whatever is trained, so that runs can be compared, and
             `eval_conversation_gap_closed`, the share of the KL without context that is gone.
         processing_class: Tokenizer or processor of the model; loaded with it where the model is given by name.
+            `trainer.processing_class`, which is saved with the cartridge, is a copy with the chat template for
+            conversations behind it (`cartridge_chat_template`), unless `args.default_system_prompt` is set.
         peft_config: The cartridge to make, where the model has none. It is initialized from the corpus, if it is known.
         callbacks, optimizers: As in `Trainer`.
         gold_questions: Pairs with `question` and `answer` (a list, or a data set with these columns) that training
@@ -98,6 +101,9 @@ class SelfStudyTrainer(CheckpointingTrainer):
         args = SelfStudyConfig(output_dir="self-study") if args is None else args
         is_new = not isinstance(model, PeftModel)
         model, processing_class = prepare_model(model, args, processing_class, peft_config)
+        without_context = processing_class
+        if not args.default_system_prompt:
+            processing_class = with_cartridge_chat_template(processing_class)
         live = bool(args.on_policy_fraction or args.prompt_loss_weight)
         needs_teacher = args.loss_type != "cross_entropy"
         prepared = Corpus(corpus)
@@ -125,6 +131,7 @@ class SelfStudyTrainer(CheckpointingTrainer):
             None if gold_questions is None else [dict(pair) for pair in gold_questions],
             prepared.text,
             batch_size=args.per_device_eval_batch_size,
+            without_context=without_context,
         )
         self.corpus = prepared
         tokenizer = get_tokenizer(processing_class)
