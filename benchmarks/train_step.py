@@ -4,7 +4,8 @@
 
 Both do the same work: `batch-size` rows of `length` tokens, the KL to a stored teacher over the whole vocabulary at the
 second half of each row's tokens, the gradient of every key and value but the first token's, and an Adam step. Time is
-the median of some steps after a warm-up; memory is the peak above the loaded model with its adapter.
+the median of some steps after a warm-up; memory is the peak above the loaded model with its adapter. With another
+`--dtype` than float32, stock PEFT is measured in float32 too.
 """
 
 from __future__ import annotations
@@ -63,7 +64,11 @@ def stock_peft(settings: Settings) -> dict[str, Any]:
     return _measure(model, settings, loss)
 
 
-WORKERS = {"ours": ours, "stock_peft": stock_peft}
+def stock_peft_float32(settings: Settings) -> dict[str, Any]:
+    return stock_peft({**settings, "dtype": "float32"})
+
+
+WORKERS = {"ours": ours, "stock_peft": stock_peft, "stock_peft_float32": stock_peft_float32}
 
 
 def _batch(model: torch.nn.Module, settings: Settings) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -102,38 +107,18 @@ def main() -> None:
     args = parser.parse_args()
     if serve_worker(args, WORKERS):
         return
+    systems = [name for name in WORKERS if name != "stock_peft_float32" or args.dtype != "float32"]
     rows, results = [], {}
     for num_tokens in args.num_tokens:
         settings = worker_settings(args, num_tokens=num_tokens)
-        measured = run_in_turns("benchmarks.train_step", list(WORKERS), settings, args.rounds)
-        results[num_tokens] = measured
-        fast, slow = (median(measured[name], "seconds") for name in WORKERS)
-        small, large = (median(measured[name], "memory_mb") for name in WORKERS)
-        rows.append(
-            [
-                num_tokens,
-                fast,
-                slow,
-                slow / fast if slow and fast else None,
-                small,
-                large,
-                large / small if small and large else None,
-                spread(measured["ours"], "seconds"),
-            ]
-        )
-    print_table(
-        [
-            "cartridge tokens",
-            "ours, s",
-            "stock PEFT, s",
-            "speed ratio",
-            "ours, MB",
-            "stock PEFT, MB",
-            "memory ratio",
-            "spread",
-        ],
-        rows,
-    )
+        results[num_tokens] = measured = run_in_turns("benchmarks.train_step", systems, settings, args.rounds)
+        for system in systems:
+            row: list[Any] = [num_tokens, system]
+            for key in ("seconds", "memory_mb"):
+                value, mine = median(measured[system], key), median(measured["ours"], key)
+                row += [value, value / mine if value and mine else None]
+            rows.append([*row, spread(measured[system], "seconds")])
+    print_table(["cartridge tokens", "system", "s", "times ours", "MB", "times ours", "spread"], rows)
     save(args, "train_step", results)
 
 
