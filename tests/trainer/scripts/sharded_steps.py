@@ -3,6 +3,7 @@ becomes of the cartridge."""
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 
 import torch
@@ -41,8 +42,7 @@ def compare(sharded: nn.Module, whole: nn.Module, what: Callable[[nn.Parameter],
         torch.testing.assert_close(what(parameter).full_tensor(), what(expected[name]), atol=1e-5, rtol=1e-4)
 
 
-def main() -> None:
-    dist.init_process_group("gloo")
+def check() -> None:
     rank, world = dist.get_rank(), dist.get_world_size()
     whole, sharded = make_model(), make_model()
     whole_head, head = OutputHead(whole), OutputHead(sharded)
@@ -64,6 +64,12 @@ def main() -> None:
             optimizer.zero_grad()
         compare(sharded, whole, lambda parameter: parameter.detach())
     print("sharded steps agree")
+
+
+def main() -> None:
+    dist.init_process_group("gloo")
+    check()
+    gc.collect()  # the sharded model holds the process group, whose threads must not outlive it
     dist.barrier()
     dist.destroy_process_group()
 
