@@ -163,9 +163,10 @@ class PushingTrainer(CheckpointingTrainer):
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """The cartridge of a checkpoint with its card, in the background; with `hub_strategy` `checkpoint` or
         `all_checkpoints` the checkpoint too, but for the pickled arguments."""
-        args, current = self.args, self.push_in_progress
+        args = self.args
         if self._writing_checkpoint or not self.is_world_process_zero() or args.hub_strategy == HubStrategy.END:
             return
+        current = self.push_in_progress  # of the main process alone
         if current is not None and not current.is_done() and not args.hub_always_push:
             return
         self.callback_handler.on_push_begin(args, self.state, self.control)

@@ -123,6 +123,17 @@ def test_whole_checkpoints_go_without_the_pickled_arguments(
     assert not [name for name, content in pushed.items() if TOKEN.encode() in content]
 
 
+def test_other_processes_push_nothing(
+    hub: LocalHub,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(SelfStudyTrainer, "is_world_process_zero", lambda self: False)
+    trainer = _trainer(tmp_path / "run", hub_strategy="every_save", save_strategy="steps", save_steps=1)
+    trainer.train()
+    assert trainer.push_to_hub() is None and hub.requests == []
+
+
 def test_training_goes_on_when_a_push_fails(
     hub: LocalHub,  # noqa: F811
     impatient: None,  # noqa: F811
