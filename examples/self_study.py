@@ -3,7 +3,9 @@
     python examples/self_study.py --config examples/configs/self_study.yaml
     python examples/self_study.py --model_name_or_path HuggingFaceTB/SmolLM2-135M-Instruct \
         --corpus examples/data/lighthouse_handbook.md --num_tokens 256 --output_dir outputs/handbook
-    accelerate launch --num_processes 2 examples/self_study.py --config examples/configs/self_study.yaml
+    accelerate launch --multi_gpu --num_processes 2 examples/self_study.py --config examples/configs/self_study.yaml
+
+Two processes on a CPU: the last command with `--use_cpu` at its end.
 
 What stands on the command line goes before the YAML file. The same command again carries on where a run was killed:
 finished conversations and the last whole checkpoint in `output_dir` are used. All settings: `--help`; what they mean:

@@ -26,6 +26,9 @@ GENERATED_CARD = (
     "your own changes. -->"
 )
 
+# What PEFT's `save_pretrained` writes, before anyone fills it in.
+_UNTOUCHED_TEMPLATE = "<!-- Provide a quick summary of what the model is/does. -->"
+
 _USAGE = """\
 ```python
 from peft_cartridges import load_cartridge
@@ -91,6 +94,13 @@ def write_model_card(facts: CardFacts, folder: str | Path) -> Path:
     return path
 
 
+def is_edited(folder: str | Path) -> bool:
+    """Whether the card in a folder is someone's own: neither PEFT's empty template nor this package's."""
+    path = Path(folder) / "README.md"
+    card = path.read_text(encoding="utf-8") if path.exists() else _UNTOUCHED_TEMPLATE
+    return GENERATED_CARD not in card and _UNTOUCHED_TEMPLATE not in card
+
+
 def is_hub_name(name: str) -> bool:
     """Whether `name` can be the name of a repository on the Hub, and is no folder here."""
     try:
@@ -98,6 +108,12 @@ def is_hub_name(name: str) -> bool:
     except HFValidationError:
         return False
     return not Path(name).exists()
+
+
+def size_text(number: int) -> str:
+    """A number of bytes for people."""
+    unit, size = next((found for found in (("GiB", 2**30), ("MiB", 2**20)) if number >= found[1]), ("KiB", 2**10))
+    return f"{number / size:,.1f} {unit}"
 
 
 # -- sections ----------------------------------------------------------------------------------------------------------
@@ -129,8 +145,8 @@ def _overview(facts: CardFacts) -> str:
         ratio = f" ({facts.corpus_tokens / facts.num_tokens:.1f} times shorter)" if facts.corpus_tokens else ""
         rows.append(("Length", f"{facts.num_tokens:,} tokens{frozen}{ratio}"))
     if facts.kv_bytes:
-        whole = f"; the text in context: {_size(facts.in_context_kv_bytes)}" if facts.in_context_kv_bytes else ""
-        rows.append(("Keys and values", _size(facts.kv_bytes) + whole))
+        whole = f"; the text in context: {size_text(facts.in_context_kv_bytes)}" if facts.in_context_kv_bytes else ""
+        rows.append(("Keys and values", size_text(facts.kv_bytes) + whole))
     if facts.corpus_sha256:
         rows.append(("SHA-256 of the text", f"`{_code(facts.corpus_sha256)}`"))
     figure = _image("Memory, against the text in context", facts.memory_figure)
@@ -262,10 +278,6 @@ def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
 def _fenced(text: str) -> str:
     fence = "`" * max(3, *(len(run) + 1 for run in re.findall("`+", text) or [""]))
     return f"{fence}bash\n{text}\n{fence}"
-
-
-def _size(number: int) -> str:
-    return f"{number / 2**20:,.1f} MiB" if number >= 2**20 else f"{number / 2**10:,.1f} KiB"
 
 
 def _slug(text: str) -> str:

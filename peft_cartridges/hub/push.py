@@ -8,7 +8,7 @@ import shutil
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi
 from peft import PeftModel
@@ -17,14 +17,15 @@ from ..adapter_folder import CONFIG_FILE, WEIGHTS_FILE, read_cartridge
 from ..kv_prefix import KVPrefix
 from ..tuner import CartridgeConfig, CartridgeModel
 from .base_model import identify_base_model
-from .card_facts import FACTS_FILE, CardFacts, current_package_versions, load_facts
+from .card_facts import FACTS_FILE, CardFacts, current_package_versions, load_facts, save_facts
 from .errors import HubError, hub_errors
 from .files import write_text
-from .model_card import GENERATED_CARD, is_hub_name, write_model_card
+from .memory_figure import add_memory_figure
+from .model_card import is_edited, is_hub_name, write_model_card
 from .pull import IMAGE_FILE
 
-# What PEFT's `save_pretrained` writes, before anyone fills it in.
-_UNTOUCHED_TEMPLATE = "<!-- Provide a quick summary of what the model is/does. -->"
+# Fields of `CardFacts` with the name of a picture. A card links none that is not pushed with it.
+_FIGURES = ("training_curve", "memory_figure")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +81,8 @@ def push_cartridge(
         dry_run: Only say what would be uploaded; nothing is sent, and no network is needed.
 
     A `README.md` that someone wrote or edited is kept; PEFT's empty template and this package's own card are written
-    anew from the facts.
+    anew from the facts, with a figure of the memory (`memory.png`) where they know what the text takes in context and
+    matplotlib is installed.
 
     Raises:
         FileNotFoundError, ValueError: the folder holds no sound cartridge, or its base model has no name on the Hub.
@@ -129,24 +131,38 @@ def _complete(
     """Card, facts, and a base model that others can find."""
     config, prefix = read_cartridge(folder)
     facts = complete_facts(facts or load_facts(folder), config, prefix, model)
-    names = [base_model, facts.base_model, config.base_model_name_or_path]
-    name = next((name for name in names if name and is_hub_name(name)), None)
-    if name is None:
-        known = ", ".join(repr(name) for name in names if name) or "none"
-        raise ValueError(
-            f"The base model of the cartridge has no name on the Hub (known: {known}), so nobody could load it: pass "
-            "`base_model='user/name'`."
-        )
+    name = find_base_name(
+        [base_model, facts.base_model, config.base_model_name_or_path], "pass `base_model='user/name'`"
+    )
     facts = dataclasses.replace(facts, repo_id=repo_id, base_model=name)
+    edited = is_edited(folder)
+    if not edited:
+        facts = add_memory_figure(facts, folder)
+    missing = {figure: None for figure in _FIGURES if not (folder / (getattr(facts, figure) or "")).is_file()}
+    facts = dataclasses.replace(facts, **cast(dict[str, Any], missing))
     if config.base_model_name_or_path != name:
         path = folder / CONFIG_FILE
         fields = {**json.loads(path.read_text(encoding="utf-8")), "base_model_name_or_path": name}
         write_text(path, json.dumps(fields, indent=2, sort_keys=True))
-    readme = folder / "README.md"
-    own = readme.read_text(encoding="utf-8") if readme.exists() else _UNTOUCHED_TEMPLATE
-    write_model_card(facts, folder)
-    if GENERATED_CARD not in own and _UNTOUCHED_TEMPLATE not in own:
-        write_text(readme, own)
+    if edited:
+        save_facts(facts, folder)
+    else:
+        write_model_card(facts, folder)
+
+
+def find_base_name(names: Iterable[str | None], remedy: str) -> str:
+    """The first of the names that is one on the Hub.
+
+    Raises:
+        ValueError: there is none; the message ends with `remedy`.
+    """
+    known = [name for name in names if name]
+    if found := next((name for name in known if is_hub_name(name)), None):
+        return found
+    raise ValueError(
+        "The base model of the cartridge has no name on the Hub (known: "
+        f"{', '.join(map(repr, known)) or 'none'}), so nobody could load it: {remedy}."
+    )
 
 
 def complete_facts(
@@ -167,8 +183,8 @@ def complete_facts(
 
 def _upload(folder: Path, push: Push, create_pr: bool, commit_message: str, api: HfApi) -> CommitInfo:
     api.create_repo(push.repo_id, private=push.private, exist_ok=True)
-    if push.private and api.model_info(push.repo_id).private is False:
-        raise HubError(f"`{push.repo_id}` exists and is public: make it private in its settings, or push elsewhere.")
+    if push.private:
+        refuse_public(push.repo_id, api)
     if push.revision and not create_pr and not push.revision.startswith("refs/pr/"):
         api.create_branch(push.repo_id, branch=push.revision, exist_ok=True)
     return api.create_commit(
@@ -178,3 +194,11 @@ def _upload(folder: Path, push: Push, create_pr: bool, commit_message: str, api:
         revision=push.revision,
         create_pr=create_pr,
     )
+
+
+def refuse_public(repo_id: str, api: HfApi) -> None:
+    """Raises:
+    HubError: the repository is public.
+    """
+    if api.model_info(repo_id).private is False:
+        raise HubError(f"`{repo_id}` exists and is public: make it private in its settings, or push elsewhere.")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +32,13 @@ class Corpus:
         text: All of it, `None` if it is not known.
         dataset: The conversations, if they were made from it here.
         identity: What they were made from, as `run_identity` gives it.
+        hub_datasets: Names of the data sets on the Hub that it comes from.
     """
 
     text: str | None = None
     dataset: Dataset | ConversationStream | None = None
     identity: dict[str, Any] | None = None
+    hub_datasets: list[str] = field(default_factory=list)
 
 
 def template_aware(processing_class: Any, args: SynthesisConfig) -> Any:
@@ -75,6 +78,13 @@ def prepare_corpus(
     key = hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()[:12]
     folder = Path(args.output_dir or ".") / CONVERSATIONS_DIR / key
     return Corpus(text, synthesizer.synthesize(documents, output_dir=folder, corpus_name=name), identity)
+
+
+def find_hub_datasets(dataset: Any) -> list[str]:
+    """Names on the Hub of what `load_dataset` made a data set from; empty for others."""
+    sources = getattr(getattr(dataset, "info", None), "download_checksums", None) or {}
+    found = [re.match(r"hf://datasets/([^@]+)@", str(source)) for source in sources]
+    return list(dict.fromkeys(match[1] for match in found if match))
 
 
 def _stream(model: PeftModel, args: SelfStudyConfig, documents: list[Any], processing_class: Any) -> ConversationStream:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 import os
+import re
 import shlex
 import sys
 from collections import Counter
@@ -13,7 +16,10 @@ from datasets import Dataset
 
 from ..adapter_folder import CONFIG_FILE, read_cartridge
 from ..chat import get_tokenizer
-from ..hub import CardFacts, Metric, write_model_card
+from ..hub import CardFacts, Metric, save_facts, write_model_card
+from ..hub.base_license import read_base_license
+from ..hub.memory_figure import add_memory_figure
+from ..hub.model_card import is_edited
 from ..hub.push import complete_facts
 from .data_checks import read_origin
 from .training_curve import FILE_NAME
@@ -39,16 +45,28 @@ _METRICS = {
 }
 
 
-def write_trainer_card(trainer: SelfStudyTrainer, folder: str) -> None:
-    """Writes `README.md` and `cartridge.json` into the folder of the saved adapter; the main process only."""
+def write_trainer_card(trainer: SelfStudyTrainer, folder: str, **changes: Any) -> None:
+    """Writes `README.md`, `cartridge.json` and (with `args.plot`) the figure of the memory into the folder of the saved
+    adapter; the main process only. A card that someone edited stays.
+
+    Args:
+        trainer: The trainer.
+        folder: The adapter's folder.
+        changes: Fields of `CardFacts` that are to be otherwise.
+    """
     if not trainer.is_world_process_zero() or not os.path.isfile(os.path.join(folder, CONFIG_FILE)):
         return
     config, prefix = read_cartridge(folder)
     model = trainer.accelerator.unwrap_model(trainer.model)
-    facts = complete_facts(_facts(trainer, folder), config, prefix, model)
+    facts = complete_facts(dataclasses.replace(_facts(trainer, folder), **changes), config, prefix, model)
+    for name in (config.base_model_name_or_path, facts.base_model):
+        facts.license = facts.license or read_base_license(name, facts.base_model_revision)
     if facts.corpus_tokens and config.num_tokens:
         facts.in_context_kv_bytes = prefix.nbytes // config.num_tokens * facts.corpus_tokens
-    write_model_card(facts, folder)
+    if is_edited(folder):
+        save_facts(facts, folder)
+        return
+    write_model_card(add_memory_figure(facts, folder) if trainer.args.plot else facts, folder)
 
 
 def _facts(trainer: SelfStudyTrainer, folder: str) -> CardFacts:
@@ -77,6 +95,10 @@ def _facts(trainer: SelfStudyTrainer, folder: str) -> CardFacts:
         filters=report.get("dropped", {}),
         metrics=_metrics(trainer),
         training_curve=FILE_NAME if (Path(folder) / FILE_NAME).is_file() else None,
+        base_model=args.finetuned_from,
+        license=args.license,
+        language=args.language or [],
+        datasets=trainer.corpus.hub_datasets,
     )
 
 
@@ -99,13 +121,20 @@ def _metrics(trainer: SelfStudyTrainer) -> list[Metric]:
             note=note if name == "eval_gold_nll" else None,
         )
         for name, (label, dataset) in _METRICS.items()
-        if name in found
+        # A share of a gap that is not there is NaN, which neither JSON nor the Hub takes.
+        if name in found and math.isfinite(found[name])
     ]
 
 
 def _command() -> str | None:
-    """The script that runs, without folders that mean nothing elsewhere."""
+    """The script that runs, without folders that mean nothing elsewhere, and without tokens and keys."""
     if not sys.argv[0].endswith(".py"):
         return None
-    words = [Path(word).name if os.path.isabs(word) else word for word in sys.argv]
+    words: list[str] = []
+    previous_is_secret = False
+    for word in sys.argv:
+        option = re.fullmatch(r"--[\w-]*(token|api[_-]key|secret|password)(=.*)?", word)
+        if not previous_is_secret and not option:
+            words.append(Path(word).name if os.path.isabs(word) else word)
+        previous_is_secret = option is not None and option[2] is None
     return shlex.join(["python", *words])

@@ -159,12 +159,35 @@ class SelfStudyConfig(SynthesisConfig, TrainingArguments):
     )
     plot: bool = field(
         default=True,
-        metadata={"help": "Draw `training_curve.png` in `output_dir` at the end, if matplotlib is installed."},
+        metadata={
+            "help": "Draw `training_curve.png` in `output_dir` at the end, and `memory.png` beside the model card, if "
+            "matplotlib is installed."
+        },
+    )
+
+    # -- the model card (names as in `Trainer.create_model_card`) ------------------------------------------------------
+
+    license: str | None = field(
+        default=None,
+        metadata={
+            "help": "Licence of the cartridge, as the Hub writes it (`cc-by-4.0`): it holds what the corpus says. By "
+            "default the base model's, where its card is at hand."
+        },
+    )
+    language: list[str] | None = field(default=None, metadata={"help": "Languages of the corpus (`en`)."})
+    finetuned_from: str | None = field(
+        default=None,
+        metadata={
+            "help": "The base model's name on the Hub, where it is loaded from a folder: `push_to_hub` needs one that "
+            "others can load."
+        },
     )
 
     def __post_init__(self) -> None:
         SynthesisConfig.__post_init__(self)
         TrainingArguments.__post_init__(self)
+        if isinstance(self.language, str):  # `language: en` in YAML
+            self.language = [self.language]
         if self.loss_type not in LOSS_TYPES:
             raise ValueError(f"`loss_type` must be one of {', '.join(LOSS_TYPES)}, got {self.loss_type!r}.")
         for name in ("loss_chunk_size", "teacher_cache_size"):

@@ -20,12 +20,12 @@ from ..chat import get_tokenizer
 from ..hidden_states import OutputHead, forward_hidden_states
 from ..initialization import initialize_cartridge
 from ..tuner import CartridgeConfig
-from .checkpoints import CheckpointingTrainer
 from .conversation_stream import ConversationStream, RoundSampler
-from .corpus_preparation import Corpus, prepare_corpus, template_aware
+from .corpus_preparation import Corpus, find_hub_datasets, prepare_corpus, template_aware
 from .data_checks import check_columns, check_origin
 from .data_collator import SelfStudyCollator
 from .gap_evaluation import GapEvaluation
+from .hub_pushes import PushingTrainer, check_base_name
 from .length_grouped_sampler import LengthGroupedSampler
 from .live_batch import LiveBatches, LiveTeacher
 from .model_card import write_trainer_card
@@ -40,7 +40,7 @@ from .training_curve import TrainingCurveCallback
 _MIXED = "which hands parts of the model to other devices"
 
 
-class SelfStudyTrainer(CheckpointingTrainer):
+class SelfStudyTrainer(PushingTrainer):
     """Trains a cartridge by self-study and context distillation (arXiv 2506.06266): the model with a chunk of the
     corpus in context is the teacher, the same model with the cartridge is the student.
 
@@ -79,7 +79,8 @@ class SelfStudyTrainer(CheckpointingTrainer):
 
     Raises:
         ValueError: the model has no cartridge and none is configured; a data set lacks its columns or was made with
-            another model or tokenizer; or settings do not go together.
+            another model or tokenizer; settings do not go together; or the base model has no name on the Hub, with
+            `push_to_hub=True`.
     """
 
     args: SelfStudyConfig
@@ -104,9 +105,12 @@ class SelfStudyTrainer(CheckpointingTrainer):
         without_context = processing_class
         if not args.default_system_prompt:
             processing_class = with_cartridge_chat_template(processing_class)
+        if args.push_to_hub:  # not only when all is done
+            check_base_name(model, args)
         live = bool(args.on_policy_fraction or args.prompt_loss_weight)
         needs_teacher = args.loss_type != "cross_entropy"
         prepared = Corpus(corpus)
+        hub_datasets = find_hub_datasets(train_dataset)
         checked = _named(eval_dataset)
         if train_dataset is not None and "text" in train_dataset.column_names:
             prepared = prepare_corpus(model, args, train_dataset, processing_class, initialize=is_new)
@@ -134,6 +138,7 @@ class SelfStudyTrainer(CheckpointingTrainer):
             without_context=without_context,
         )
         self.corpus = prepared
+        self.corpus.hub_datasets = hub_datasets
         tokenizer = get_tokenizer(processing_class)
         self._pad_token_id = pad_token_id = tokenizer.pad_token_id or 0
         self._average = MovingAverage(model, args.ema_decay) if args.ema_decay else None
@@ -392,10 +397,6 @@ class SelfStudyTrainer(CheckpointingTrainer):
             write_trainer_card(self, output_dir or self.args.output_dir or ".")
             if self.args.push_to_hub:
                 self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
-
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """The cartridge's model card, in `output_dir`."""
-        write_trainer_card(self, self.args.output_dir or ".")
 
 
 def _named(dataset: Dataset | dict[str, Dataset] | None) -> list[tuple[str, Dataset]]:

@@ -29,6 +29,9 @@ class CartridgeConfig(PeftConfig):
     model = get_peft_model(model, CartridgeConfig(num_tokens=2048))
     ```
 
+    `num_tokens` and `num_virtual_tokens` are two names of one number: give either, and both read the same.
+    `dataclasses.replace` changes both through either.
+
     It is saved in the format of stock PEFT's CARTRIDGE type. `token_dim`, `num_layers` and `num_attention_heads` belong
     to that format; they are read off the base model and need not be given.
 
@@ -95,6 +98,9 @@ class CartridgeConfig(PeftConfig):
     modules_to_save: list[str] | None = field(
         default=None, metadata={"help": "Further modules to train and save with the cartridge."}
     )
+    # What both names of the length said last. `dataclasses.replace` hands it to the copy, which so can tell the name
+    # that was changed from the one that was carried along: stock PEFT changes `num_virtual_tokens` in this way.
+    _length: int | None = field(default=None, repr=False, compare=False, metadata={"help": "Set by itself."})
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -127,11 +133,13 @@ class CartridgeConfig(PeftConfig):
         for name, value in given.items():
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"`{name}` must be a whole number of at least 1, got {value!r}.")
+        if len(set(given.values())) > 1 and self._length is not None:
+            given = {name: value for name, value in given.items() if value != self._length}
         if len(set(given.values())) > 1:
             raise ValueError(
                 f"`num_tokens={self.num_tokens}` and `num_virtual_tokens={self.num_virtual_tokens}` disagree: give one."
             )
-        self.num_tokens = self.num_virtual_tokens = next(iter(given.values()))
+        self.num_tokens = self.num_virtual_tokens = self._length = next(iter(given.values()))
         frozen = self.num_frozen_tokens
         if not isinstance(frozen, int) or isinstance(frozen, bool) or not 0 <= frozen <= self.num_tokens:
             raise ValueError(
@@ -141,5 +149,5 @@ class CartridgeConfig(PeftConfig):
     def to_dict(self) -> dict[str, Any]:
         """The fields as saved: stock PEFT's, and ours only where they differ from what stock PEFT would do."""
         fields = super().to_dict()
-        del fields["num_tokens"]
+        del fields["num_tokens"], fields["_length"]
         return {name: value for name, value in fields.items() if name not in _OWN_FIELDS or value != _OWN_FIELDS[name]}

@@ -38,7 +38,7 @@ def _shards(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in (folder / "shards").glob("*.arrow")}
 
 
-def _same(one: Dataset, other: Dataset) -> None:
+def assert_same(one: Dataset, other: Dataset) -> None:
     assert one.features == other.features
     assert one.to_dict() == other.to_dict()
     assert read_report(one)["report"] == read_report(other)["report"]
@@ -65,18 +65,18 @@ def test_a_run_killed_ten_times_loses_and_repeats_nothing(tmp_path: Path, unbrok
     assert 10 <= len(finished) < 45
     resumed = runs.synthesize(tmp_path)
     assert finished.items() <= _shards(tmp_path).items()
-    _same(resumed, unbroken)
+    assert_same(resumed, unbroken)
     assert not list((tmp_path / "shards").glob("*.partial"))
 
 
 def test_a_finished_run_is_read_and_not_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = runs.synthesize(tmp_path, num_conversations=6)
     monkeypatch.setattr("peft_cartridges.self_study.chunk_study.ChunkStudy.study", None)
-    _same(runs.synthesize(tmp_path, num_conversations=6), first)
+    assert_same(runs.synthesize(tmp_path, num_conversations=6), first)
 
 
 def test_the_same_seed_gives_the_same_data_set_and_another_seed_another(unbroken: Dataset) -> None:
-    _same(runs.synthesize(None), unbroken)
+    assert_same(runs.synthesize(None), unbroken)
     other = runs.synthesize(None, num_conversations=20, seed=1)
     assert other["input_ids"] != unbroken["input_ids"][: len(other)]
 
@@ -102,7 +102,7 @@ def test_two_processes_give_the_same_as_one(tmp_path: Path, processes: Any) -> N
     first, second = (json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in range(2))
     assert len(first["studied"]) == 4 and len(second["studied"]) == 3, "not shared, or studied by both"
     assert first["input_ids"] == second["input_ids"] == alone["input_ids"]
-    _same(runs.synthesize(tmp_path, num_conversations=14), alone)
+    assert_same(runs.synthesize(tmp_path, num_conversations=14), alone)
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,8 @@ from tests.tiny_models import tiny_model
 from tests.trainer.small_runs import GOLD, TEXT, TOKENIZER
 
 ROOT = Path(__file__).parents[2]
-TWO_PROCESSES = ["-m", "accelerate.commands.launch", "--config_file", "examples/configs/accelerate_ddp_cpu.yaml"]
+LAUNCH = ["-m", "accelerate.commands.launch"]
+TWO_PROCESSES = [*LAUNCH, "--config_file", "examples/configs/accelerate_ddp_cpu.yaml"]
 SETTINGS = [
     "--num_tokens", "8", "--num_conversations", "16", "--conversations_per_chunk", "4", "--min_chunk_tokens", "30",
     "--max_chunk_tokens", "40", "--max_question_tokens", "6", "--max_answer_tokens", "8", "--quality_filters", "empty",
@@ -75,12 +76,21 @@ def test_two_processes_killed_and_resumed_give_the_losses_of_one(folder: Path) -
     )
 
 
-def test_a_step_on_a_sharded_model_is_that_of_the_whole() -> None:
+def test_the_flags_in_the_docs_start_two_processes(folder: Path) -> None:
+    options = ("--per_device_train_batch_size", "4", "--max_steps", "2")
+    process = _start([*LAUNCH, "--multi_gpu", "--num_processes", "2"], folder, "flags", *options)
+    assert process.wait(timeout=240) == 0, (folder / "flags.log").read_text()[-3000:]
+    # 16 conversations, 4 at a time on each: one process would have passed over half of them.
+    state = json.loads((folder / "flags" / "checkpoint-2" / "trainer_state.json").read_text())
+    assert state["epoch"] == 1.0
+
+
+def test_steps_on_a_sharded_model_are_those_of_the_whole() -> None:
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    script = "tests/trainer/scripts/sharded_step.py"
+    script = "tests/trainer/scripts/sharded_steps.py"
     result = subprocess.run(
         [sys.executable, *command, script], cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True, text=True, timeout=240,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr[-3000:]
-    assert result.stdout.count("sharded step agrees") == 2
+    assert result.stdout.count("sharded steps agree") == 2

@@ -32,7 +32,9 @@ def _plain(name: str, student: Tensor, teacher: Tensor, beta: float = 0.5) -> Te
     return beta * _kl(p, mixture) + (1 - beta) * _kl(q, mixture)
 
 
-def _check(actual: Callable[[Tensor], Tensor], expected: Callable[[Tensor], Tensor], student: Tensor) -> None:
+def assert_value_and_gradient_equal(
+    actual: Callable[[Tensor], Tensor], expected: Callable[[Tensor], Tensor], student: Tensor
+) -> None:
     """Value and gradient of two functions of the student, in float64."""
     student = student.double().requires_grad_()
     values = [function(student).sum() for function in (actual, expected)]
@@ -45,7 +47,7 @@ def _check(actual: Callable[[Tensor], Tensor], expected: Callable[[Tensor], Tens
 def test_divergences_are_their_formulas(name: str, beta: float) -> None:
     student, teacher = (3 * torch.randn(2, 5, 17).double()).unbind(0)
     divergence = get_divergence(name, beta)
-    _check(lambda s: divergence(s, teacher), lambda s: _plain(name, s, teacher, beta), student)
+    assert_value_and_gradient_equal(lambda s: divergence(s, teacher), lambda s: _plain(name, s, teacher, beta), student)
     assert divergence(teacher, teacher).abs().max() < 1e-12
 
 
@@ -72,7 +74,7 @@ def test_the_head_is_the_models_own(name: str) -> None:
 def test_chunks_give_the_loss_and_gradient_of_the_whole(name: str, chunk_size: int) -> None:
     head = OutputHead(tiny_model(name, dtype=torch.float64).requires_grad_(False))
     student, teacher = torch.randn(2, 7, 32).double().unbind(0)
-    _check(
+    assert_value_and_gradient_equal(
         lambda s: chunked_loss(s, teacher, head, forward_kl, chunk_size=chunk_size),
         lambda s: _plain("forward_kl", head(s), head(teacher)),
         student,
@@ -131,7 +133,7 @@ def test_exact_targets_with_temperature_and_weights(name: str, weighted: bool) -
         student = head(hidden[_ROWS, _POSITIONS]) / 2
         return weights * _plain(name, student, head(batch["teacher_hidden_states"]) / 2, 0.3)
 
-    _check(lambda hidden: objective(hidden, batch), expected, torch.randn(2, 6, 32))
+    assert_value_and_gradient_equal(lambda hidden: objective(hidden, batch), expected, torch.randn(2, 6, 32))
 
 
 def test_cross_entropy_is_that_of_the_written_tokens() -> None:
@@ -142,7 +144,7 @@ def test_cross_entropy_is_that_of_the_written_tokens() -> None:
         return -log_probs[torch.arange(5), torch.tensor([9, 20, 33, 40, 41])]
 
     objective = Objective(head, "cross_entropy", chunk_size=2)
-    _check(lambda hidden: objective(hidden, batch), expected, torch.randn(2, 6, 32))
+    assert_value_and_gradient_equal(lambda hidden: objective(hidden, batch), expected, torch.randn(2, 6, 32))
 
 
 def _with_rest(probabilities: Tensor, ids: Tensor) -> Tensor:
@@ -164,7 +166,7 @@ def test_top_k_targets_compare_the_known_tokens_and_the_rest(name: str) -> None:
 
     objective = Objective(head, name, chunk_size=2)
     hidden = torch.randn(2, 6, 32)
-    _check(lambda h: objective(h, batch), expected, hidden)
+    assert_value_and_gradient_equal(lambda h: objective(h, batch), expected, hidden)
     full = _plain(name, head(hidden.double()[_ROWS, _POSITIONS]), teacher.log()).sum()
     assert 0 < objective(hidden.double(), batch) < full
 
@@ -212,7 +214,9 @@ def test_a_batch_with_targets_of_both_kinds_is_the_sum_of_both() -> None:
         parts.append({**mixed, "labels": labels})
         del parts[-1]["exact_rows"]
     del parts[0]["teacher_hidden_states"]
-    _check(lambda h: objective(h, mixed), lambda h: objective(h, parts[0]) + objective(h, parts[1]), hidden)
+    assert_value_and_gradient_equal(
+        lambda h: objective(h, mixed), lambda h: objective(h, parts[0]) + objective(h, parts[1]), hidden
+    )
 
 
 @pytest.mark.parametrize(("name", "temperature"), [("forward_kl", 1.0), ("reverse_kl", 1.0), ("jsd", 2.0)])

@@ -9,6 +9,7 @@ import torch
 from peft import PeftConfig, PeftModel, TaskType, get_peft_model
 from peft.tuners.cartridge.config import CartridgeConfig as StockConfig
 from peft.tuners.cartridge.model import CartridgeEncoder
+from peft.tuners.cartridge.utils import compose_cartridge_adapters
 from safetensors.torch import load_file
 
 from peft_cartridges import CartridgeConfig, KVPrefix
@@ -58,6 +59,18 @@ def test_a_stock_cartridge_generates() -> None:
     ours.base_model.set_kv_prefix(KVPrefix.from_prompt_embeddings(flat, num_layers=2, num_heads=2))
     options = {"attention_mask": torch.ones_like(ROWS), "max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
     assert stock.generate(input_ids=ROWS, **options).tolist() == ours.generate(input_ids=ROWS, **options).tolist()
+
+
+def test_stock_peft_composes_saved_cartridges(tmp_path: Path) -> None:
+    base = tiny_model("llama")
+    parts = [KVPrefix.from_input_ids(base, token_ids(length, seed=length)) for length in (5, 3)]
+    for name, prefix in zip("ab", parts, strict=True):
+        cartridge_model(tiny_model("llama"), prefix).save_pretrained(tmp_path / name)
+    compose_cartridge_adapters([tmp_path / "a", tmp_path / "b"], output_path=tmp_path / "both")
+    both = PeftModel.from_pretrained(tiny_model("llama"), tmp_path / "both").eval()
+    assert both.peft_config["default"].num_tokens == 8
+    expected = cartridge_model(base, KVPrefix.concatenate(parts)).eval()
+    assert_close(both(input_ids=ROWS).logits, expected(input_ids=ROWS).logits, 1e-6)
 
 
 def test_other_prompt_learning_methods_are_untouched() -> None:

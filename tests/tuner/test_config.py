@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -42,6 +43,18 @@ def test_only_num_tokens_is_needed() -> None:
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert trainable == 2 * 2 * 16 * 3
     assert not config.is_prompt_learning
+
+
+def test_both_names_of_the_length_change_together() -> None:
+    for config in (CartridgeConfig(num_tokens=8), CartridgeConfig(num_virtual_tokens=8)):
+        for options in ({"num_tokens": 16}, {"num_virtual_tokens": 16}, {"num_tokens": 16, "num_virtual_tokens": 16}):
+            longer = replace(replace(config, **options), num_frozen_tokens=2)
+            assert (longer.num_tokens, longer.num_virtual_tokens) == (16, 16)
+            assert longer == CartridgeConfig(num_tokens=16, num_frozen_tokens=2)
+            assert replace(longer, num_virtual_tokens=4).num_tokens == 4
+        with pytest.raises(ValueError, match="`num_tokens=5` and `num_virtual_tokens=6` disagree"):
+            replace(config, num_tokens=5, num_virtual_tokens=6)
+        assert not {"num_tokens", "_length"} & set(config.to_dict())
 
 
 def test_the_configuration_can_be_used_twice() -> None:

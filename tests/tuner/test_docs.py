@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 
-from peft_cartridges import CartridgeConfig
+from peft_cartridges import CartridgeConfig, KVPrefix
 from tests.exactness import pad
 from tests.tiny_models import tiny_model, tiny_tokenizer, token_ids
 
@@ -34,9 +34,17 @@ def _names(folder: Path) -> dict[str, Any]:
     }
 
 
+def assert_runs(index: int, names: dict[str, Any]) -> None:
+    """It raises nothing, and does something: every example makes or loads a model with a cartridge, or a prefix."""
+    before = dict(names)
+    exec(compile(EXAMPLES[index], f"{PAGE.name}, example {index}", "exec"), names)
+    made = [value for name, value in names.items() if value is not before.get(name)]
+    assert any(isinstance(value, (PeftModel, KVPrefix)) for value in made)
+
+
 @pytest.mark.parametrize("index", range(len(EXAMPLES)))
 def test_example(index: int, tmp_path: Path) -> None:
-    exec(compile(EXAMPLES[index], f"{PAGE.name}, example {index}", "exec"), _names(tmp_path))
+    assert_runs(index, _names(tmp_path))
 
 
 def test_there_are_examples() -> None:
