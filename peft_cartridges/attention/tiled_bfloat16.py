@@ -14,17 +14,18 @@ from torch import Tensor
 
 # Query rows of a tile: with a few thousand keys its scores stay in a core's second-level cache.
 _ROWS = 512
-# Below this many scores a head, one flash call is faster than the tiles' many small ones.
-_FEWEST_SCORES = 1 << 17
+# Up to this many rows (decoding) the scores of all heads are one tile.
+_FEW_ROWS = 256
+# Below this many scores a head, one flash call is faster than several products.
+_FEWEST_SCORES = 1 << 15
 
 
 def is_faster(query: Tensor, key: Tensor) -> bool:
-    """Whether tiles pay for these shapes on this machine."""
+    """Whether products pay for these shapes on this machine."""
     return (
         query.dtype == torch.bfloat16
         and query.device.type == "cpu"
         and query.shape[2] * key.shape[2] >= _FEWEST_SCORES
-        and query.shape[2] >= 128
         and torch.ops.mkldnn._is_mkldnn_bf16_supported()
         and not torch.compiler.is_compiling()
     )
@@ -33,6 +34,8 @@ def is_faster(query: Tensor, key: Tensor) -> bool:
 def attend_tiled(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """Output `[batch, heads, q_len, value_dim]` and log-sum-exp `[batch, heads, q_len]` of unmasked attention."""
     batch, heads, q_len, _ = query.shape
+    if q_len <= _FEW_ROWS:
+        return _attend_at_once(query, key, value, scale)
     output = query.new_empty(batch, heads, q_len, value.shape[-1])
     lse = torch.empty(batch, heads, q_len)
     buffer = query.new_empty(min(_ROWS, q_len), key.shape[2])
@@ -45,6 +48,18 @@ def attend_tiled(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tup
         output[b, h, rows] = (scores @ value[b, h]).float().div_(total[:, None])
         lse[b, h, rows] = total.log_().add_(highest[:, 0].float())
     return output, lse
+
+
+def _attend_at_once(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    q, k, v = (tensor.flatten(0, 1) for tensor in (query, key, value))
+    transposed = k.transpose(1, 2)
+    scores = q @ transposed
+    highest = scores.amax(-1, keepdim=True).mul_(scale)
+    torch.baddbmm(highest.neg(), q, transposed, alpha=scale, out=scores)
+    total = scores.exp_().sum(-1, dtype=torch.float32)
+    output = (scores @ v).float().div_(total[..., None]).to(query.dtype)
+    lse = total.log_().add_(highest[..., 0].float())
+    return output.unflatten(0, query.shape[:2]), lse.unflatten(0, query.shape[:2])
 
 
 def attend_tiled_backward(

@@ -42,7 +42,7 @@ class CartridgeLayer(nn.Module, BaseTunerLayer):
         self.adapter_configs: dict[str, CartridgeConfig] = {}
         self.row_adapters: Sequence[str] | None = None
         # In the first layer: the hook that shifts the model's positions by `prefix_lengths`.
-        self.shift_handle: RemovableHandle | None = None
+        self.hooks: list[RemovableHandle] = []
         self._inference_prefixes: dict[Any, LayerPrefix] = {}
         self._active_adapter = []
 
@@ -118,8 +118,8 @@ class CartridgeLayer(nn.Module, BaseTunerLayer):
     def restore(self) -> nn.Module:
         """The wrapped module as it was before this layer."""
         self.base_layer.config = self.model_config
-        if self.shift_handle is not None:
-            self.shift_handle.remove()
+        while self.hooks:
+            self.hooks.pop().remove()
         return self.base_layer
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:

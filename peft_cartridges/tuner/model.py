@@ -117,10 +117,12 @@ class CartridgeModel(BaseTuner):
 
     def _post_injection_hook(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
         first = self.cartridge_layers()[0]
-        if first.shift_handle is None:
+        if not first.hooks:
             _, decoder = find_decoder(model, self._attention_layers.values())
             shift = PositionShift(decoder, first.prefix_lengths)
-            first.shift_handle = decoder.register_forward_pre_hook(shift, with_kwargs=True)
+            first.hooks.append(decoder.register_forward_pre_hook(shift, with_kwargs=True))
+            if isinstance(head := _output_embeddings(model), nn.Module):
+                first.hooks.append(head.register_forward_pre_hook(_contiguous_input))
 
     def cartridge_layers(self) -> list[CartridgeLayer]:
         """The wrapped attention layers that hold cartridges, ordered by layer index."""
@@ -288,3 +290,13 @@ def _holds_cartridges(module: nn.Module) -> bool:
 def _split_frozen(key: Tensor, value: Tensor, config: CartridgeConfig) -> dict[str, Tensor]:
     frozen = config.num_frozen_tokens
     return dict(zip(_PARTS, (key[:, :frozen], key[:, frozen:], value[:, :frozen], value[:, frozen:]), strict=True))
+
+
+def _output_embeddings(model: Any) -> Any:
+    return model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+
+
+def _contiguous_input(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """`generate` asks for the logits of a prompt's last position, a slice. PyTorch multiplies a slice with a weight that
+    is frozen by a copy of the weight for each row, 57 MB for SmolLM2."""
+    return tuple(arg.contiguous() if isinstance(arg, torch.Tensor) else arg for arg in args)

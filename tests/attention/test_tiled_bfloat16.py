@@ -18,7 +18,7 @@ def _error(actual: Tensor, exact: Tensor) -> float:
 
 # The spread is that of the scores: near-uniform weights, ordinary ones, and almost one-hot ones.
 @pytest.mark.parametrize("spread", [0.1, 1.5, 4.0])
-@pytest.mark.parametrize(("q_len", "kv_len", "dim"), [(700, 256, 64), (1024, 513, 80), (130, 2048, 32)])
+@pytest.mark.parametrize(("q_len", "kv_len", "dim"), [(700, 256, 64), (1024, 513, 80), (130, 2048, 32), (24, 2048, 64)])
 def test_as_close_to_float64_as_flash_attention(spread: float, q_len: int, kv_len: int, dim: int) -> None:
     query, grad = torch.randn(2, 1, 2, q_len, dim, dtype=torch.bfloat16).unbind(0)
     key, value = torch.randn(2, 1, 2, kv_len, dim, dtype=torch.bfloat16).unbind(0)
