@@ -2,7 +2,7 @@
 
 A document stands in the system message. Where there is none, many templates put a default system prompt (or a date, or a
 start token) in front of the first user message. Behind a cartridge that is a second beginning in the middle of a
-context, which a model meets nowhere else; `docs/training.md` has what it costs.
+context, which a model meets nowhere else.
 """
 
 from __future__ import annotations

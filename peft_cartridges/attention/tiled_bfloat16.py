@@ -14,8 +14,8 @@ from torch import Tensor
 
 # Query rows of a tile: with a few thousand keys its scores stay in a core's second-level cache.
 _ROWS = 512
-# Up to this many rows (decoding) the scores of all heads are one tile.
-_FEW_ROWS = 256
+# Up to this many rows (decoding) and scores, those of all heads are one tile.
+_FEW_ROWS, _FEW_SCORES = 256, 1 << 22
 # Below this many scores a head, one flash call is faster than several products.
 _FEWEST_SCORES = 1 << 15
 
@@ -34,7 +34,7 @@ def is_faster(query: Tensor, key: Tensor) -> bool:
 def attend_tiled(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """Output `[batch, heads, q_len, value_dim]` and log-sum-exp `[batch, heads, q_len]` of unmasked attention."""
     batch, heads, q_len, _ = query.shape
-    if q_len <= _FEW_ROWS:
+    if q_len <= _FEW_ROWS and batch * heads * q_len * key.shape[2] <= _FEW_SCORES:
         return _attend_at_once(query, key, value, scale)
     output = query.new_empty(batch, heads, q_len, value.shape[-1])
     lse = torch.empty(batch, heads, q_len)
