@@ -86,7 +86,7 @@ class SynthesisConfig:
         metadata={
             "help": "Whether the student's conversations begin with what the chat template puts in front of one that "
             "has no system message (a default system prompt, a date). Without it they are what they are behind a "
-            "document, which trains better; the tokenizer that is saved with the cartridge then leaves it out too."
+            "document; the tokenizer that is saved with the cartridge then leaves it out too."
         },
     )
     max_question_tokens: int = field(default=48, metadata={"help": "Longest question in tokens."})
