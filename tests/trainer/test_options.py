@@ -252,7 +252,8 @@ def test_a_data_set_of_another_base_model_is_refused(tmp_path: Path, conversatio
 
 
 def test_a_data_set_of_the_same_model_in_another_dtype_is_taken(tmp_path: Path, conversations: Dataset) -> None:
-    make_trainer(tmp_path, tiny_model(dtype=torch.bfloat16), conversations)
+    trainer = make_trainer(tmp_path, tiny_model(dtype=torch.bfloat16), conversations)
+    assert trainer.train_dataset is conversations
 
 
 def test_a_data_set_whose_fingerprint_cannot_be_compared_is_refused(tmp_path: Path, conversations: Dataset) -> None:
