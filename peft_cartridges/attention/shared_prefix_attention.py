@@ -90,10 +90,11 @@ def _forward(
         outputs.append(part_output)
         lses.append(part_lse)
     if len(lses) == 2 and sinks is None:
-        merged_lse = torch.logaddexp(lses[0], lses[1])
-    else:
-        extra = [] if sinks is None else [sinks.to(lse.dtype)[None, :, None].expand_as(lse)]
-        merged_lse = torch.stack([*lses, *extra]).logsumexp(0)
+        # The second part's weight is exp(lse2) / (exp(lse1) + exp(lse2)).
+        weight = (lses[1] - lses[0]).sigmoid_()[..., None].to(query.dtype)
+        return torch.lerp(outputs[0], outputs[1], weight), torch.logaddexp(lses[0], lses[1])
+    extra = [] if sinks is None else [sinks.to(lse.dtype)[None, :, None].expand_as(lse)]
+    merged_lse = torch.stack([*lses, *extra]).logsumexp(0)
     # In the queries' dtype: products of two dtypes are several times slower on a CPU, and more exact by no more than
     # what the result is rounded to.
     weights = [(part_lse - merged_lse).exp()[..., None].to(query.dtype) for part_lse in lses]

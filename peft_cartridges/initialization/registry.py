@@ -8,6 +8,7 @@ from torch import nn
 
 from ..kv_prefix import KVPrefix
 from .first_tokens import first_tokens
+from .most_attended import most_attended
 
 
 class InitializationStrategy(Protocol):
@@ -18,7 +19,10 @@ class InitializationStrategy(Protocol):
     ) -> KVPrefix: ...
 
 
-_STRATEGIES: dict[str, InitializationStrategy] = {"first_tokens": first_tokens}
+_STRATEGIES: dict[str, InitializationStrategy] = {
+    "first_tokens": first_tokens,
+    "most_attended": most_attended,
+}
 
 
 def register_strategy(name: str, strategy: InitializationStrategy) -> None:

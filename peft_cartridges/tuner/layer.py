@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -165,11 +166,11 @@ class CartridgeLayer(nn.Module, BaseTunerLayer):
 
     def _prefixes(self, in_use: list[str], hidden_states: Tensor) -> list[LayerPrefix]:
         if self.row_adapters is None:
-            return [self._prefix(tuple(in_use), None)]
+            return [self._prefix(tuple(in_use), None, hidden_states.dtype)]
         of_rows = self._adapters_of_rows(hidden_states.shape[0])
         rows = {name: [row for row, of_row in enumerate(of_rows) if of_row == name] for name in in_use}
         return [
-            self._prefix((name,), torch.tensor(rows[name], device=hidden_states.device))
+            self._prefix((name,), torch.tensor(rows[name], device=hidden_states.device), hidden_states.dtype)
             for name in in_use
             if rows[name]
         ]
@@ -184,9 +185,9 @@ class CartridgeLayer(nn.Module, BaseTunerLayer):
             )
         return [name for name in self.row_adapters for _ in range(repeats)]
 
-    def _prefix(self, names: tuple[str, ...], rows: Tensor | None) -> LayerPrefix:
+    def _prefix(self, names: tuple[str, ...], rows: Tensor | None, dtype: torch.dtype) -> LayerPrefix:
         if self.source is not None:
-            return self.source._prefix(names, rows)
+            return self.source._prefix(names, rows, dtype)
         tensors = [
             parameters[name]
             for name in names
@@ -201,15 +202,18 @@ class CartridgeLayer(nn.Module, BaseTunerLayer):
         changing = trains or self.training or torch.compiler.is_compiling()
         if changing or any(tensor.is_inference() for tensor in tensors):
             return self._join_adapters(names, rows)
-        # Joining frozen and trainable tokens at every decoding step would cost more than the attention to them.
-        key: Any = (names, torch.is_inference_mode_enabled())
+        # Joining frozen and trainable tokens, and rounding them to the model's dtype, at every decoding step would cost
+        # more than the attention to them.
+        key: Any = (names, dtype, torch.is_inference_mode_enabled())
         key = (*key, *((id(tensor), tensor._version, tensor.data_ptr()) for tensor in tensors))
         if rows is not None:
             key = (*key, tuple(rows.tolist()))
         if key not in self._inference_prefixes:
             if len(self._inference_prefixes) >= 8:
                 self._inference_prefixes.clear()
-            self._inference_prefixes[key] = self._join_adapters(names, rows)
+            joined = self._join_adapters(names, rows)
+            rounded = {"key": joined.key.to(dtype), "value": joined.value.to(dtype)}
+            self._inference_prefixes[key] = dataclasses.replace(joined, **rounded)
         return self._inference_prefixes[key]
 
     def _join_adapters(self, names: tuple[str, ...], rows: Tensor | None) -> LayerPrefix:

@@ -1,0 +1,58 @@
+"""How much attention each token of a prefix receives."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..attention.context import shared_prefix
+from ..attention.layers import find_attention_layers, find_decoder
+from ..kv_prefix import KVPrefix
+
+
+@torch.no_grad()
+def attention_received(model: nn.Module, prefix: KVPrefix, rows: Iterable[Sequence[int]]) -> list[Tensor]:
+    """The largest weight that any token of `rows` (token ids) gives each token of `prefix` as it is read behind it.
+
+    Returns:
+        One `[num_key_value_heads, num_tokens]` per layer, of all query heads of a group and of the later layers that
+        share the keys.
+    """
+    layers = find_attention_layers(model)
+    scores = [key.new_zeros(key.shape[:2], dtype=torch.float32) for key in prefix.keys]
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(shared_prefix(model, prefix))
+        for layer, score in zip(layers, scores, strict=True):
+            for module in (layer.module, *(reader for _, reader in layer.readers)):
+                stack.callback(module.register_forward_pre_hook(_ask_for_weights, with_kwargs=True).remove)
+                stack.callback(module.register_forward_hook(_Collect(score)).remove)
+        _, decoder = find_decoder(model, layers)  # without the head: nobody asks for logits
+        device = next(model.parameters()).device
+        for row in rows:
+            decoder(input_ids=torch.tensor([list(row)], device=device), use_cache=False)
+    return scores
+
+
+def _ask_for_weights(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return args, {**kwargs, "output_attentions": True}
+
+
+class _Collect:
+    """Keeps the largest weights and lets go of the rest, layer by layer."""
+
+    def __init__(self, score: Tensor) -> None:
+        self.score = score
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: tuple[Any, ...]) -> Any:
+        weights: Tensor = output[1]  # [1, num_heads, q_len, prefix tokens in sight + q_len]
+        in_sight = weights.shape[-1] - weights.shape[-2]
+        heads = weights[0, ..., :in_sight].amax(1)
+        # Where all heads share one compressed key, its weight is the largest of theirs.
+        groups = heads.unflatten(0, (self.score.shape[0], -1)).amax(1).float()
+        seen = self.score[:, self.score.shape[1] - in_sight :]
+        torch.maximum(seen, groups.to(seen.device), out=seen)
+        return (output[0], None, *output[2:])

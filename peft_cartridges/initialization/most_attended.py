@@ -1,0 +1,89 @@
+"""The tokens that matter when the model recites the text, each head's own.
+
+How a token is scored, by the most attention that it receives while the model reads the text once more behind itself, is
+KVzip's rule (arXiv 2505.23416). Each head of each layer keeps the tokens that it needs, and the kept keys are moved
+so that their distance from what comes behind the cartridge is the one that they had behind the text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..attention.layers import get_text_config
+from ..chat import encode_context, encode_turns, get_tokenizer, has_chat_template
+from ..kv_prefix import KVPrefix
+from .attention_received import attention_received
+from .moved_keys import move_prefix
+
+_REQUEST = "Repeat the next part of the text, word for word."
+# Tokens that are recited at a time, and what the request and a chat template's tokens take beside them.
+_RECITED, _AROUND = 192, 64
+_PROBE = 64
+
+
+def most_attended(
+    model: nn.Module, processing_class: Any, text: str, *, num_tokens: int, chat_template: bool
+) -> KVPrefix:
+    """Keys and values of the `num_tokens` most attended tokens of each head. A text that is longer than the model's
+    window is read in parts, of which each keeps an equal share."""
+    tokenizer = get_tokenizer(processing_class)
+    input_ids = encode_context(processing_class, text, chat_template=chat_template)
+    if len(input_ids) < num_tokens:
+        raise ValueError(
+            f"`text` has {len(input_ids)} tokens, fewer than `num_tokens={num_tokens}` of the cartridge: a cartridge "
+            "is to be smaller than its corpus. Lower `num_tokens`, or pass a longer text."
+        )
+    sink, rest = input_ids[:1], input_ids[1:]
+    parts = _parts(rest, _window(model) - _RECITED - _AROUND)
+    borders = [1 + (num_tokens - 1) * number // len(parts) for number in range(len(parts) + 1)]
+    chosen = []
+    for part, start, end in zip(parts, borders[:-1], borders[1:], strict=True):
+        prefix = KVPrefix.from_input_ids(model, [*sink, *part])
+        if not chosen:
+            chosen.append(prefix[:1])  # attention falls on the first token wherever it is: it stays there
+        scores = attention_received(model, prefix, _recitations(tokenizer, part, chat_template))
+        kept = _select(prefix, [score[:, 1:].topk(end - start).indices.sort().values + 1 for score in scores])
+        chosen.append(move_prefix(model, kept, end - len(part) - 1, part[:_PROBE]))
+    return KVPrefix.concatenate(chosen)
+
+
+def _window(model: nn.Module) -> int:
+    return getattr(get_text_config(model), "max_position_embeddings", None) or 1 << 20
+
+
+def _parts(ids: Sequence[int], longest: int) -> list[Sequence[int]]:
+    number = -(-len(ids) // max(1, longest))
+    cuts = [len(ids) * part // number for part in range(number + 1)]
+    return [ids[start:end] for start, end in zip(cuts[:-1], cuts[1:], strict=True)]
+
+
+def _recitations(tokenizer: Any, ids: Sequence[int], chat_template: bool) -> list[list[int]]:
+    pieces = [ids[start : start + _RECITED] for start in range(0, len(ids), _RECITED)]
+    if not (chat_template and has_chat_template(tokenizer)):
+        return [list(piece) for piece in pieces]
+    return [
+        encode_turns(
+            tokenizer,
+            [
+                {"role": "user", "content": _REQUEST},
+                {"role": "assistant", "content": tokenizer.decode(piece, skip_special_tokens=True)},
+            ],
+        )
+        for piece in pieces
+    ]
+
+
+def _select(prefix: KVPrefix, indices: list[Tensor]) -> KVPrefix:
+    """Of each layer and head (`[num_key_value_heads, kept]`) its own tokens."""
+
+    def gather(tensor: Tensor, index: Tensor) -> Tensor:
+        return tensor.gather(1, index[..., None].expand(-1, -1, tensor.shape[-1]))
+
+    return KVPrefix(
+        tuple(map(gather, prefix.keys, indices)),
+        tuple(map(gather, prefix.values, indices)),
+    )

@@ -1,0 +1,84 @@
+"""The initialization by attention received."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from peft import get_peft_model
+
+from peft_cartridges import CartridgeConfig, KVPrefix, initialize_cartridge
+from peft_cartridges.chat import encode_context
+from peft_cartridges.initialization.attention_received import attention_received
+from peft_cartridges.initialization.moved_keys import move_prefix
+from tests.tiny_models import ARCHITECTURES, tiny_model, tiny_tokenizer
+
+TEXT = " ".join(f"the captain says w{number} ." for number in range(50, 80))
+ROWS = [[40, 41, 42, 43], [50, 51, 52]]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("architecture", ["llama", "qwen3", "gpt_neox", "granite"])
+def test_attention_received_is_the_largest_weight_of_the_model_itself(architecture: str) -> None:
+    model = tiny_model(architecture)
+    model.set_attn_implementation("eager")
+    ids = [1, *range(60, 80)]
+    scores = attention_received(model, KVPrefix.from_input_ids(model, ids), ROWS)
+    expected = [torch.zeros_like(score) for score in scores]
+    for row in ROWS:
+        attentions = model(input_ids=torch.tensor([ids + row]), output_attentions=True).attentions
+        for want, weights in zip(expected, attentions, strict=True):
+            heads = weights[0, :, len(ids) :, : len(ids)].amax(1).unflatten(0, (want.shape[0], -1)).amax(1)
+            torch.maximum(want, heads, out=want)
+    for score, want in zip(scores, expected, strict=True):
+        torch.testing.assert_close(score, want, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("architecture", sorted(set(ARCHITECTURES) - {"gpt2"}))
+def test_all_tokens_are_the_whole_text(architecture: str) -> None:
+    tokenizer, reference = tiny_tokenizer(), tiny_model(architecture)
+    ids = encode_context(tokenizer, TEXT)
+    model = get_peft_model(tiny_model(architecture), CartridgeConfig(num_tokens=len(ids)))
+    prefix = initialize_cartridge(model, tokenizer, text=TEXT, strategy="most_attended")
+    whole = KVPrefix.from_input_ids(reference, ids)
+    for have, want in zip(prefix.keys + prefix.values, whole.keys + whole.values, strict=True):
+        torch.testing.assert_close(have, want, atol=1e-5, rtol=1e-5)
+
+
+def test_each_head_keeps_its_most_attended_tokens_and_their_distance_from_what_comes_next() -> None:
+    tokenizer, model = tiny_tokenizer(), get_peft_model(tiny_model(), CartridgeConfig(num_tokens=12))
+    prefix = initialize_cartridge(model, tokenizer, text=TEXT, strategy="most_attended")
+    ids = encode_context(tokenizer, TEXT)
+    whole = KVPrefix.from_input_ids(tiny_model(), ids)
+    assert prefix.num_tokens == 12
+    picks = set()
+    # Not the first layer, where the values of a word are the same wherever it stands.
+    for values, all_values in zip(prefix.values[1:], whole.values[1:], strict=True):
+        for head, all_of_head in zip(values, all_values, strict=True):
+            distance = _distances(head, all_of_head)
+            kept = distance.argmin(-1)
+            assert distance.amin(-1).max() < 1e-5 and kept[0] == 0 and torch.equal(kept, kept.unique())
+            picks.add(tuple(kept.tolist()))
+    assert len(picks) > 1  # heads differ in what they need
+    back = move_prefix(tiny_model(), prefix, len(ids) - 12, ids[:32])
+    for keys, all_keys in zip(back.keys, whole.keys, strict=True):
+        assert all(_distances(*pair).amin(-1)[1:].max() < 1e-3 for pair in zip(keys, all_keys, strict=True))
+
+
+def _distances(some: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+    return (some[:, None] - others[None]).abs().amax(-1)
+
+
+def test_a_text_longer_than_the_window_is_read_in_parts() -> None:
+    tokenizer = tiny_tokenizer()
+    model = get_peft_model(tiny_model(max_position_embeddings=320), CartridgeConfig(num_tokens=31))
+    text = " ".join([TEXT] * 2)
+    assert len(encode_context(tokenizer, text)) > 320 - 256
+    prefix = initialize_cartridge(model, tokenizer, text=text, strategy="most_attended")
+    assert prefix.num_tokens == 31
+    assert all(torch.isfinite(tensor).all() for tensor in prefix.keys + prefix.values)
+
+
+def test_a_short_text_is_refused() -> None:
+    model = get_peft_model(tiny_model(), CartridgeConfig(num_tokens=12))
+    with pytest.raises(ValueError, match="fewer than `num_tokens=12`.*Lower `num_tokens`"):
+        initialize_cartridge(model, tiny_tokenizer(), text="the sea", strategy="most_attended")
