@@ -128,7 +128,7 @@ class KVPrefix:
         keep_one_logit = (
             {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
         )
-        with _evaluating(model):
+        with evaluating(model):
             for piece in ids.split(prefill_chunk_size, dim=1):
                 model(input_ids=piece, past_key_values=cache, use_cache=True, **keep_one_logit)
         cache.layers = [layer for layer in cache.layers if isinstance(layer, DynamicLayer)]
@@ -261,7 +261,7 @@ def _device(model: Any) -> torch.device:
 
 
 @contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode (no dropout), with every module's own mode put back afterwards."""
     training = [module for module in model.modules() if module.training]
     model.eval()

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..attention.context import shared_prefix
 from ..attention.layers import find_attention_layers, find_decoder
-from ..kv_prefix import KVPrefix
+from ..kv_prefix import KVPrefix, evaluating
 
 
 @torch.no_grad()
@@ -25,20 +25,16 @@ def attention_received(model: nn.Module, prefix: KVPrefix, rows: Iterable[Sequen
     layers = find_attention_layers(model)
     scores = [key.new_zeros(key.shape[:2], dtype=torch.float32) for key in prefix.keys]
     with contextlib.ExitStack() as stack:
-        stack.enter_context(shared_prefix(model, prefix))
+        stack.enter_context(evaluating(model))
+        stack.enter_context(shared_prefix(model, prefix, attention="concatenated"))
         for layer, score in zip(layers, scores, strict=True):
             for module in (layer.module, *(reader for _, reader in layer.readers)):
-                stack.callback(module.register_forward_pre_hook(_ask_for_weights, with_kwargs=True).remove)
                 stack.callback(module.register_forward_hook(_Collect(score)).remove)
         _, decoder = find_decoder(model, layers)  # without the head: nobody asks for logits
         device = next(model.parameters()).device
         for row in rows:
             decoder(input_ids=torch.tensor([list(row)], device=device), use_cache=False)
     return scores
-
-
-def _ask_for_weights(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    return args, {**kwargs, "output_attentions": True}
 
 
 class _Collect:

@@ -18,21 +18,24 @@ def initialize_cartridge(
     *,
     text: str | None = None,
     prefix: KVPrefix | None = None,
-    strategy: str = "first_tokens",
+    strategy: str = "auto",
     adapter_name: str | None = None,
     chat_template: bool = True,
 ) -> KVPrefix:
     """Fills a cartridge from a text, or from a prefix that is there already.
 
     A cartridge that `get_peft_model` has just made holds noise; training from a part of the text itself is faster and
-    ends better (arXiv 2506.06266, ablation of initializations).
+    ends better (arXiv 2506.06266, ablation of initializations). Which part makes more of a difference than anything
+    else: see `docs/training.md`.
 
     Args:
         model: The PEFT model with the cartridge.
         processing_class: Tokenizer or processor of the base model; needed with `text`.
         text: The corpus, or a representative part of it.
         prefix: Instead of `text`: keys and values to take as they are.
-        strategy: How `num_tokens` tokens are made of the text; see `list_strategies()`.
+        strategy: How `num_tokens` tokens are made of the text. `most_attended`: each head's own, by the attention that
+            they receive when the model recites the text. `first_tokens`: the first ones, the paper's. `auto`: the
+            former where the model allows it, else the latter. `list_strategies()` has those that you registered too.
         adapter_name: Which adapter; the active one by default.
         chat_template: Whether the text stands in a system message, as in `KVPrefix.from_text`.
 

@@ -7,10 +7,10 @@ so that their distance from what comes behind the cartridge is the one that they
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ..attention.layers import get_text_config
@@ -40,8 +40,8 @@ def most_attended(
     sink, rest = input_ids[:1], input_ids[1:]
     parts = _parts(rest, _window(model) - _RECITED - _AROUND)
     borders = [1 + (num_tokens - 1) * number // len(parts) for number in range(len(parts) + 1)]
-    chosen = []
-    for part, start, end in zip(parts, borders[:-1], borders[1:], strict=True):
+    chosen: list[KVPrefix] = []
+    for part, (start, end) in zip(parts, itertools.pairwise(borders), strict=True):
         prefix = KVPrefix.from_input_ids(model, [*sink, *part])
         if not chosen:
             chosen.append(prefix[:1])  # attention falls on the first token wherever it is: it stays there
@@ -58,7 +58,7 @@ def _window(model: nn.Module) -> int:
 def _parts(ids: Sequence[int], longest: int) -> list[Sequence[int]]:
     number = -(-len(ids) // max(1, longest))
     cuts = [len(ids) * part // number for part in range(number + 1)]
-    return [ids[start:end] for start, end in zip(cuts[:-1], cuts[1:], strict=True)]
+    return [ids[start:end] for start, end in itertools.pairwise(cuts)]
 
 
 def _recitations(tokenizer: Any, ids: Sequence[int], chat_template: bool) -> list[list[int]]:

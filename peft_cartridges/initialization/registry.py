@@ -7,6 +7,7 @@ from typing import Any, Protocol
 from torch import nn
 
 from ..kv_prefix import KVPrefix
+from .auto import auto
 from .first_tokens import first_tokens
 from .most_attended import most_attended
 
@@ -20,6 +21,7 @@ class InitializationStrategy(Protocol):
 
 
 _STRATEGIES: dict[str, InitializationStrategy] = {
+    "auto": auto,
     "first_tokens": first_tokens,
     "most_attended": most_attended,
 }

@@ -27,14 +27,6 @@ _FILL = (
     "What stands in the text after “{cue}” and before “{end}”? Answer word for word.",
     "Fill the gap with the words of the text: “{cue} … {end}”",
 )
-_LOOK_UP = (
-    "What does the text say about {words}?",
-    "Which sentence of the text speaks of {words}?",
-    "Find {words} in the text, and quote the sentence.",
-    "What do we learn from the text about {words}? Quote it.",
-    "Tell me, in the words of the text, about {words}.",
-)
-_WORD = re.compile(r"\w[\w’'-]*")
 
 
 def split_sentences(text: str) -> list[str]:
@@ -42,19 +34,11 @@ def split_sentences(text: str) -> list[str]:
     return [sentence for sentence in _SENTENCE_END.split(text) if sentence.strip()]
 
 
-def draw_recitation(
-    text: str, rng: random.Random, *, max_words: int = 60, look_up_share: float = 0.5
-) -> tuple[str, str]:
-    """A request and its answer: up to `max_words` words of `text`, cut at sentences where there are any.
-
-    The request names what stands in front of the passage, or on both sides of it, or how it begins; or, for
-    `look_up_share` of them, words of one sentence, which is the answer: what people ask about a text is found by its
-    words, not by its place.
-    """
+def draw_recitation(text: str, rng: random.Random, *, max_words: int = 60) -> tuple[str, str]:
+    """A request and its answer: up to `max_words` words of `text`, cut at sentences where there are any. The request
+    names what stands in front of the passage, or on both sides of it, or how it begins."""
     sentences = split_sentences(text)
     first = rng.randrange(len(sentences))
-    if rng.random() < look_up_share and (looked_up := _look_up(sentences[first], rng, max_words)):
-        return looked_up
     passage, last = sentences[first], first
     for sentence in sentences[first + 1 :]:
         if len(passage.split()) + len(sentence.split()) > max_words:
@@ -72,16 +56,3 @@ def draw_recitation(
             return rng.choice(_FILL).format(cue=cue, end=end), passage
         return rng.choice(_CONTINUE).format(cue=cue), passage
     return rng.choice(_QUOTE).format(cue=" ".join(words[: min(5, len(words))])), passage
-
-
-def _look_up(sentence: str, rng: random.Random, max_words: int) -> tuple[str, str] | None:
-    """A request that names one or two longer words of the sentence, or a pair of neighbours; `None` if it has none."""
-    words = _WORD.findall(sentence)
-    telling = [number for number, word in enumerate(words) if len(word) > 3]
-    if len(words) > max_words or len(telling) < 2:
-        return None
-    one, other = rng.sample(telling, 2)
-    named = {0: f"“{words[one]}”", 1: f"“{words[one]}” and “{words[other]}”"}
-    pair = " ".join(words[one : one + 2])
-    subject = named.get(rng.randrange(3), f"“{pair}”")
-    return rng.choice(_LOOK_UP).format(words=subject), " ".join(sentence.split())

@@ -7,10 +7,9 @@ in context says what it would have said at every token. Both are one model in on
 
 from __future__ import annotations
 
-import contextlib
 import random
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,7 +19,7 @@ from torch import Tensor
 from ..attention import shared_prefix
 from ..chat import encode_preamble
 from ..hidden_states import pad_right, predicting_states
-from ..kv_prefix import KVPrefix
+from ..kv_prefix import KVPrefix, evaluating
 from ..self_study.backends import TransformersBackend
 from ..self_study.conversation import encode_question
 
@@ -112,7 +111,7 @@ class LiveBatches:
         wanted = self.on_policy_fraction * len(rows)
         number = int(wanted) + (rng.random() < wanted % 1)
         on_policy = sorted(rng.sample(range(len(rows)), number))
-        with _evaluating(self.teacher.model), torch.random.fork_rng():
+        with evaluating(self.teacher.model), torch.random.fork_rng():
             prompts = [rows[index].prompt for index in on_policy]
             if prompts:
                 answers = self._backend.generate(
@@ -208,13 +207,3 @@ class _Row:
         """With all tokens from `start` on learned too."""
         learned = [on or index >= start for index, on in enumerate(self.learned)]
         return _Row(self.ids, learned, self._num_prompt)
-
-
-@contextlib.contextmanager
-def _evaluating(model: torch.nn.Module) -> Iterator[None]:
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)

@@ -212,8 +212,8 @@ class CartridgeLayer(nn.Module, BaseTunerLayer):
             if len(self._inference_prefixes) >= 8:
                 self._inference_prefixes.clear()
             joined = self._join_adapters(names, rows)
-            rounded = {"key": joined.key.to(dtype), "value": joined.value.to(dtype)}
-            self._inference_prefixes[key] = dataclasses.replace(joined, **rounded)
+            rounded = dataclasses.replace(joined, key=joined.key.to(dtype), value=joined.value.to(dtype))
+            self._inference_prefixes[key] = rounded
         return self._inference_prefixes[key]
 
     def _join_adapters(self, names: tuple[str, ...], rows: Tensor | None) -> LayerPrefix:

@@ -20,7 +20,7 @@ def _model(num_tokens: int = 12) -> PeftModel:
 
 def test_first_tokens_are_the_beginning_of_the_text_in_context() -> None:
     model, tokenizer = _model(), tiny_tokenizer()
-    prefix = initialize_cartridge(model, tokenizer, text=TEXT)
+    prefix = initialize_cartridge(model, tokenizer, text=TEXT, strategy="first_tokens")
     expected = KVPrefix.from_input_ids(tiny_model(), encode_context(tokenizer, TEXT))[:12]
     held = model.get_kv_prefix()
     for name in ("keys", "values"):

@@ -78,7 +78,15 @@ def test_a_text_longer_than_the_window_is_read_in_parts() -> None:
     assert all(torch.isfinite(tensor).all() for tensor in prefix.keys + prefix.values)
 
 
+def test_a_model_with_learned_positions_starts_from_the_first_tokens_and_says_so() -> None:
+    tokenizer, model = tiny_tokenizer(), get_peft_model(tiny_model("gpt2"), CartridgeConfig(num_tokens=12))
+    with pytest.warns(UserWarning, match="from the first tokens of the text: The keys of layer 0 do not only turn"):
+        prefix = initialize_cartridge(model, tokenizer, text=TEXT)
+    expected = KVPrefix.from_input_ids(tiny_model("gpt2"), encode_context(tokenizer, TEXT))[:12]
+    torch.testing.assert_close(prefix.keys[1], expected.keys[1], atol=1e-5, rtol=1e-5)
+
+
 def test_a_short_text_is_refused() -> None:
     model = get_peft_model(tiny_model(), CartridgeConfig(num_tokens=12))
-    with pytest.raises(ValueError, match="fewer than `num_tokens=12`.*Lower `num_tokens`"):
+    with pytest.raises(ValueError, match=r"fewer than `num_tokens=12`.*Lower `num_tokens`"):
         initialize_cartridge(model, tiny_tokenizer(), text="the sea", strategy="most_attended")

@@ -39,5 +39,5 @@ def test_positions_are_not_ignored() -> None:
 
 def test_learned_positions_cannot_be_moved() -> None:
     model = tiny_model("gpt2")
-    with pytest.raises(UnsupportedModelError, match="layer 0 do not only turn.*first_tokens"):
+    with pytest.raises(UnsupportedModelError, match=r"layer 0 do not only turn.*first_tokens"):
         move_prefix(model, _read_at(model, 0), 40, PROBE)
