@@ -110,8 +110,8 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument("--parts", type=int, default=1, help="train each text in so many cartridges (default: 1)")
     parser.add_argument("--num-tokens", type=int, help="length of each cartridge (default: 256 / parts, fast: 64)")
-    parser.add_argument("--num-conversations", type=int, help="for each cartridge (default: 384 / parts, fast: 16)")
-    parser.add_argument("--max-steps", type=int, help="of training, for each cartridge (default: 60, fast: 4)")
+    parser.add_argument("--num-conversations", type=int, help="for each cartridge (default: 256 / parts, fast: 16)")
+    parser.add_argument("--max-steps", type=int, help="of training, for each cartridge (default: 40, fast: 4)")
     parser.add_argument("--sinks", choices=("first", "all"), default="first", help="see compose()")
     parser.add_argument("--push-to", metavar="USER", help="push to this user's account on the Hub, and compose from it")
     parser.add_argument("--model", default=".models/SmolLM2-135M-Instruct", help="folder of the model")
@@ -126,8 +126,8 @@ def parse_args() -> argparse.Namespace:
     if args.parts < 1 or len(args.corpora) > 2 or args.parts * len(args.corpora) < 2:
         parser.error("there must be at least two cartridges to join: two texts, or `--parts 2` or more")
     args.num_tokens = args.num_tokens or (64 if args.fast else 256 // args.parts)
-    args.num_conversations = args.num_conversations or (16 if args.fast else 384 // args.parts)
-    args.max_steps = args.max_steps or (4 if args.fast else 60)
+    args.num_conversations = args.num_conversations or (16 if args.fast else 256 // args.parts)
+    args.max_steps = args.max_steps or (4 if args.fast else 40)
     return args
 
 
