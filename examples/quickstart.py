@@ -137,13 +137,13 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument("--output-dir", type=Path, default=Path("outputs/quickstart"), help="where the cartridge goes")
     parser.add_argument("--num-tokens", type=int, default=256, help="length of the cartridge")
-    parser.add_argument("--num-conversations", type=int, help="conversations to write (default: 384, fast: 64)")
-    parser.add_argument("--max-steps", type=int, help="training steps of 16 conversations (default: 60, fast: 16)")
+    parser.add_argument("--num-conversations", type=int, help="conversations to write (default: 256, fast: 64)")
+    parser.add_argument("--max-steps", type=int, help="training steps of 16 conversations (default: 40, fast: 16)")
     parser.add_argument("--question", type=int, default=3, help="number of the gold question whose answers are shown")
     parser.add_argument("--seed", type=int, default=42)
     args = parser.parse_args()
-    args.num_conversations = args.num_conversations or (64 if args.fast else 384)
-    args.max_steps = args.max_steps or (16 if args.fast else 60)
+    args.num_conversations = args.num_conversations or (64 if args.fast else 256)
+    args.max_steps = args.max_steps or (16 if args.fast else 40)
     return args
 
 

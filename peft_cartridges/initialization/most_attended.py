@@ -14,45 +14,39 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..attention.layers import get_text_config
-from ..chat import encode_context, encode_turns, get_tokenizer, has_chat_template
+from ..chat import encode_turns, get_tokenizer, has_chat_template
 from ..kv_prefix import KVPrefix
 from .attention_received import attention_received
+from .corpus_tokens import encode_corpus
 from .moved_keys import move_prefix
 
 _REQUEST = "Repeat the next part of the text, word for word."
-# Tokens that are recited at a time, and what the request and a chat template's tokens take beside them.
-_RECITED, _AROUND = 192, 64
-_PROBE = 64
+# Tokens that are read at a time, so that their attention weights stay small, and recited at a time; what the request and a
+# chat template's tokens take beside them; and of how many tokens a turn of the keys is measured.
+_READ, _RECITED, _AROUND, _PROBE = 8192, 192, 64, 64
 
 
 def most_attended(
     model: nn.Module, processing_class: Any, text: str, *, num_tokens: int, chat_template: bool
 ) -> KVPrefix:
-    """Keys and values of the `num_tokens` most attended tokens of each head. A text that is longer than the model's
-    window is read in parts, of which each keeps an equal share."""
+    """Keys and values of the `num_tokens` most attended tokens of each head. A text that is longer than 8,192
+    tokens, or than the model's window, is read in parts, of which each keeps an equal share."""
     tokenizer = get_tokenizer(processing_class)
-    input_ids = encode_context(processing_class, text, chat_template=chat_template)
-    if len(input_ids) < num_tokens:
-        raise ValueError(
-            f"`text` has {len(input_ids)} tokens, fewer than `num_tokens={num_tokens}` of the cartridge: a cartridge "
-            "is to be smaller than its corpus. Lower `num_tokens`, or pass a longer text."
-        )
+    input_ids = encode_corpus(processing_class, text, num_tokens=num_tokens, chat_template=chat_template)
     sink, rest = input_ids[:1], input_ids[1:]
-    parts = _parts(rest, _window(model) - _RECITED - _AROUND)
+    window = getattr(get_text_config(model), "max_position_embeddings", None) or 2 * _READ
+    recited = min(_RECITED, window // 4)
+    parts = _parts(rest, min(_READ, window - recited - _AROUND))
     borders = [1 + (num_tokens - 1) * number // len(parts) for number in range(len(parts) + 1)]
     chosen: list[KVPrefix] = []
     for part, (start, end) in zip(parts, itertools.pairwise(borders), strict=True):
         prefix = KVPrefix.from_input_ids(model, [*sink, *part])
         if not chosen:
             chosen.append(prefix[:1])  # attention falls on the first token wherever it is: it stays there
-        scores = attention_received(model, prefix, _recitations(tokenizer, part, chat_template))
+        scores = attention_received(model, prefix, _recitations(tokenizer, part, recited, chat_template))
         kept = _select(prefix, [score[:, 1:].topk(end - start).indices.sort().values + 1 for score in scores])
         chosen.append(move_prefix(model, kept, end - len(part) - 1, part[:_PROBE]))
     return KVPrefix.concatenate(chosen)
-
-
-def _window(model: nn.Module) -> int:
-    return getattr(get_text_config(model), "max_position_embeddings", None) or 1 << 20
 
 
 def _parts(ids: Sequence[int], longest: int) -> list[Sequence[int]]:
@@ -61,8 +55,8 @@ def _parts(ids: Sequence[int], longest: int) -> list[Sequence[int]]:
     return [ids[start:end] for start, end in itertools.pairwise(cuts)]
 
 
-def _recitations(tokenizer: Any, ids: Sequence[int], chat_template: bool) -> list[list[int]]:
-    pieces = [ids[start : start + _RECITED] for start in range(0, len(ids), _RECITED)]
+def _recitations(tokenizer: Any, ids: Sequence[int], at_a_time: int, chat_template: bool) -> list[list[int]]:
+    pieces = [ids[start : start + at_a_time] for start in range(0, len(ids), at_a_time)]
     if not (chat_template and has_chat_template(tokenizer)):
         return [list(piece) for piece in pieces]
     return [

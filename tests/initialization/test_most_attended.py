@@ -68,14 +68,16 @@ def _distances(some: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
     return (some[:, None] - others[None]).abs().amax(-1)
 
 
-def test_a_text_longer_than_the_window_is_read_in_parts() -> None:
+def test_a_text_longer_than_the_window_is_read_in_parts_that_share_the_cartridge() -> None:
     tokenizer = tiny_tokenizer()
-    model = get_peft_model(tiny_model(max_position_embeddings=320), CartridgeConfig(num_tokens=31))
-    text = " ".join([TEXT] * 2)
-    assert len(encode_context(tokenizer, text)) > 320 - 256
-    prefix = initialize_cartridge(model, tokenizer, text=text, strategy="most_attended")
-    assert prefix.num_tokens == 31
-    assert all(torch.isfinite(tensor).all() for tensor in prefix.keys + prefix.values)
+    model = get_peft_model(tiny_model(max_position_embeddings=160), CartridgeConfig(num_tokens=31))
+    prefix = initialize_cartridge(model, tokenizer, text=TEXT, strategy="most_attended")
+    ids = encode_context(tokenizer, TEXT)
+    assert prefix.num_tokens == 31 and 160 - 64 - 40 < len(ids) - 1 <= 2 * 56 + 56
+    # The last part has the text's end, read behind the first token alone.
+    last = KVPrefix.from_input_ids(tiny_model(), [ids[0], *ids[1 + (len(ids) - 1) * 2 // 3 :]])
+    assert _distances(prefix.values[1][0][-10:], last.values[1][0]).amin(-1).max() < 1e-5
+    assert _distances(prefix.values[1][0][:-10], last.values[1][0][1:]).amin(-1).max() > 1e-2
 
 
 def test_a_model_with_learned_positions_starts_from_the_first_tokens_and_says_so() -> None:
