@@ -92,7 +92,8 @@ def _forward(
     if len(lses) == 2 and sinks is None:
         # The second part's weight is exp(lse2) / (exp(lse1) + exp(lse2)).
         weight = (lses[1] - lses[0]).sigmoid_()[..., None].to(query.dtype)
-        return torch.lerp(outputs[0], outputs[1], weight), torch.logaddexp(lses[0], lses[1])
+        one, other = (part.to(query.dtype) for part in outputs)  # autocast may have rounded them
+        return torch.lerp(one, other, weight), torch.logaddexp(lses[0], lses[1])
     extra = [] if sinks is None else [sinks.to(lse.dtype)[None, :, None].expand_as(lse)]
     merged_lse = torch.stack([*lses, *extra]).logsumexp(0)
     # In the queries' dtype: products of two dtypes are several times slower on a CPU, and more exact by no more than
