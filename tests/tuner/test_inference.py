@@ -206,3 +206,11 @@ def test_embeddings_instead_of_ids() -> None:
     assert_close(model(inputs_embeds=embeddings).logits[0].detach(), expected)
     hidden = model.base_model.model.model(row[None]).last_hidden_state[0]
     assert_close((hidden @ model.lm_head.weight.T).detach(), expected)
+
+
+def test_decoding_does_not_round_keys_and_values_at_every_step() -> None:
+    model = cartridge_model(tiny_model("llama", dtype=torch.bfloat16), _prefix()).eval()
+    assert model.get_kv_prefix().dtype == torch.float32
+    _generate(model, token_ids(2, 5, seed=1))
+    kept = [prefix for layer in model.base_model.cartridge_layers() for prefix in layer._inference_prefixes.values()]
+    assert kept and all(tensor.dtype == torch.bfloat16 for prefix in kept for tensor in (prefix.key, prefix.value))
