@@ -14,10 +14,8 @@ cartridge on its own text, and leave each far behind on the other's.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import itertools
 import json
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,14 +36,7 @@ from peft_cartridges import (
     push_cartridge,
 )
 from peft_cartridges.chat import encode_preamble, encode_turns
-from peft_cartridges.hub import (
-    CardFacts,
-    Metric,
-    current_package_versions,
-    identify_base_model,
-    load_facts,
-    write_model_card,
-)
+from peft_cartridges.hub import load_facts
 from smollm2 import HUB_REPO, get_smollm2
 
 DATA = Path(__file__).parent / "data"
@@ -171,45 +162,30 @@ def train(
 ) -> None:
     """A cartridge by self-study, in a folder of its own with its card."""
     torch.manual_seed(args.seed)
-    model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.bfloat16)
-    identity = identify_base_model(model)
-    folder = args.output_dir / text.name
+    corpus = Dataset.from_dict({"text": [text.text]})
+    corpus.info.dataset_name = text.name
     trainer = SelfStudyTrainer(
-        model=model,
+        model=AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.bfloat16),
         args=SelfStudyConfig(
-            output_dir=str(folder),
+            output_dir=str(args.output_dir / text.name),
             num_conversations=args.num_conversations,
             recitation_share=0.75,  # a model of 135M parameters asks and answers poorly
             max_steps=args.max_steps,
             save_strategy="no",
             use_cpu=not torch.cuda.is_available(),
+            finetuned_from=HUB_REPO,  # for the card: the model is loaded from a folder
+            language=["en"],
+            license="apache-2.0",
             seed=args.seed,
         ),
-        train_dataset=Dataset.from_dict({"text": [text.text]}),
+        train_dataset=corpus,
         processing_class=tokenizer,
         peft_config=CartridgeConfig(num_tokens=args.num_tokens),
+        gold_questions=questions,
     )
     trainer.train()
+    trainer.evaluate()
     trainer.save_model()
-    prefix = trainer.model.get_kv_prefix()
-    nll = gold_answer_nll(trainer.model, trainer.processing_class, questions)
-    command = "python " + " ".join(["examples/compose.py", *sys.argv[1:]])
-    facts = CardFacts(
-        corpus_name=text.name.replace("_", " "),
-        corpus_tokens=len(tokenizer(text.text)["input_ids"]),
-        corpus_sha256=hashlib.sha256(text.text.encode()).hexdigest(),
-        base_model=HUB_REPO,
-        base_identity=identity,
-        num_tokens=prefix.num_tokens,
-        num_frozen_tokens=1,
-        kv_bytes=prefix.to(torch.bfloat16).nbytes,
-        recipe={"conversations": args.num_conversations, "steps": args.max_steps, "seed": args.seed},
-        metrics=[Metric("Gold-answer NLL (nats per token)", nll, f"{len(questions)} questions", "nll", command)],
-        language=["en"],
-        license="apache-2.0",
-        package_versions=current_package_versions(),
-    )
-    write_model_card(facts, folder)
 
 
 def load(folder: Path | None, model_path: Path) -> torch.nn.Module:

@@ -11,6 +11,7 @@ from peft import PeftModel
 
 from ..adapter_folder import read_cartridge, write_cartridge
 from ..composition import NamedCartridge, SinkRule, compose_adapters, join_cartridges
+from ..kv_prefix import KVPrefix
 from .base_model import compare_identities
 from .card_facts import CardFacts, Part, current_package_versions, load_facts
 from .model_card import is_hub_name, write_model_card
@@ -106,7 +107,7 @@ def _compose_files(
             base_identity=next((f.base_identity for f in facts if f.base_identity), None),
             num_tokens=config.num_tokens,
             num_frozen_tokens=config.num_frozen_tokens,
-            kv_bytes=prefix.nbytes,
+            kv_bytes=_served_bytes(facts, prefix),
             parts=[_part(*each) for each in zip(names, parts, facts, strict=True)],
             composition_rule=_RULES[sinks],
             language=list(dict.fromkeys(itertools.chain.from_iterable(f.language for f in facts))),
@@ -118,6 +119,13 @@ def _compose_files(
         output_dir,
     )
     return output_dir
+
+
+def _served_bytes(facts: list[CardFacts], prefix: KVPrefix) -> int:
+    """By what a part's card says of its own size, which knows the model's dtype; as in the file, if none does."""
+    known = ((f.kv_bytes, f.num_tokens) for f in facts if f.kv_bytes and f.num_tokens)
+    size, num_tokens = next(known, (prefix.nbytes, prefix.num_tokens))
+    return size * prefix.num_tokens // num_tokens
 
 
 def _find(name: str, hub_options: dict[str, Any]) -> Path:

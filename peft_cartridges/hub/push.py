@@ -172,7 +172,8 @@ def complete_facts(
     found: dict[str, Any] = {
         "num_tokens": config.num_tokens,
         "num_frozen_tokens": config.num_frozen_tokens,
-        "kv_bytes": prefix.nbytes,
+        # As it is served: files keep float32, the model computes in its own dtype.
+        "kv_bytes": prefix.nbytes * (prefix.dtype if model is None else model.dtype).itemsize // prefix.dtype.itemsize,
         "base_model": config.base_model_name_or_path,
         "base_model_revision": config.revision,
         "package_versions": current_package_versions(),

@@ -61,8 +61,8 @@ def write_trainer_card(trainer: SelfStudyTrainer, folder: str, **changes: Any) -
     facts = complete_facts(dataclasses.replace(_facts(trainer, folder), **changes), config, prefix, model)
     for name in (config.base_model_name_or_path, facts.base_model):
         facts.license = facts.license or read_base_license(name, facts.base_model_revision)
-    if facts.corpus_tokens and config.num_tokens:
-        facts.in_context_kv_bytes = prefix.nbytes // config.num_tokens * facts.corpus_tokens
+    if facts.corpus_tokens and facts.kv_bytes and config.num_tokens:
+        facts.in_context_kv_bytes = facts.kv_bytes // config.num_tokens * facts.corpus_tokens
     if is_edited(folder):
         save_facts(facts, folder)
         return

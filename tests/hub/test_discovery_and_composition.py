@@ -21,7 +21,9 @@ def shared(hub: LocalHub, tmp_path: Path) -> LocalHub:
     for seed, (name, base, value) in enumerate(
         [("tides", "org/one", 1.5), ("stars", "org/one", 2.5), ("tides-too", "org/two", 3.5)]
     ):
-        facts = CardFacts(corpus_name=name, metrics=[Metric("NLL", value)], tags=["sea"] if "tides" in name else [])
+        facts = CardFacts(
+            kv_bytes=1000, corpus_name=name, metrics=[Metric("NLL", value)], tags=["sea"] if "tides" in name else []
+        )
         push_cartridge(saved(tmp_path / name, seed=seed), f"user/{name}", base_model=base, facts=facts)
     hub.add_repo("user/lora", {"README.md": b"---\nlibrary_name: peft\ntags: [lora]\n---\n"})
     hub.add_repo("other/plain", {"README.md": b"# nothing"})
@@ -56,6 +58,7 @@ def test_composition_by_names_and_folders(shared: LocalHub, tmp_path: Path) -> N
     assert_close(on_disk(input_ids=row).logits, model.eval()(input_ids=row).logits, 1e-6)
     facts = load_facts(composed)
     assert [(part.name, part.revision) for part in facts.parts] == [("user/tides", "main"), ("stars", None)]
+    assert facts.num_tokens == 19 and facts.kv_bytes == 1900  # as the first part is served
     push_cartridge(composed, "user/both")
     card = shared.files("user/both")["README.md"].decode()
     assert (

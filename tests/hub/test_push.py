@@ -13,7 +13,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load
 
 from peft_cartridges import HubError, KVPrefix, push_cartridge
+from peft_cartridges.adapter_folder import read_cartridge
 from peft_cartridges.hub import CARD_TAGS, CardFacts, Metric, write_model_card
+from peft_cartridges.hub.push import complete_facts
 from tests.exactness import cartridge_model
 from tests.hub.local_hub import LocalHub
 from tests.test_adapter_folder import WEIGHTS, edit_config, saved
@@ -107,6 +109,15 @@ def test_a_model_is_pushed_by_its_own_method(hub: LocalHub) -> None:
     card = ModelCard(pushed["README.md"].decode())
     assert "Cartridge of the handbook" in card.text and {"mine", *CARD_TAGS} <= set(card.data.tags)
     assert card.data.library_name == "peft"
+
+
+def test_a_card_tells_the_size_in_the_models_dtype(tmp_path: Path) -> None:
+    folder = saved(tmp_path)
+    config, prefix = read_cartridge(folder)
+    assert prefix.dtype == torch.float32
+    assert complete_facts(CardFacts(), config, prefix).kv_bytes == prefix.nbytes
+    model = PeftModel.from_pretrained(tiny_model(dtype=torch.bfloat16), folder)
+    assert complete_facts(CardFacts(), config, prefix, model).kv_bytes == prefix.nbytes // 2
 
 
 def test_other_adapters_are_pushed_as_ever(hub: LocalHub) -> None:
