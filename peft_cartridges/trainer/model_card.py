@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import math
 import os
 import re
@@ -74,11 +75,10 @@ def _facts(trainer: SelfStudyTrainer, folder: str) -> CardFacts:
     data: Any = trainer.train_dataset
     origin = trainer.corpus.identity or read_origin(data)
     corpus, report = origin.get("corpus", {}), read_origin(data).get("report", {})
-    tokens = None
-    if trainer.corpus.text is not None:
-        tokens = len(
-            get_tokenizer(trainer.processing_class)(trainer.corpus.text, add_special_tokens=False)["input_ids"]
-        )
+    text, tokens, digest = trainer.corpus.text, None, corpus.get("sha256")
+    if text is not None:
+        tokens = len(get_tokenizer(trainer.processing_class)(text, add_special_tokens=False)["input_ids"])
+        digest = hashlib.sha256(text.encode()).hexdigest()  # what `sha256sum` says of the file
     recipe = {name: value for name in _RECIPE if (value := getattr(args, name)) is not None}
     recipe["lr_scheduler_type"] = getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)
     recipe["optimizer_steps"] = trainer.state.global_step
@@ -88,7 +88,7 @@ def _facts(trainer: SelfStudyTrainer, folder: str) -> CardFacts:
         repo_id=getattr(trainer, "hub_model_id", None),
         corpus_name=corpus.get("name"),
         corpus_tokens=tokens,
-        corpus_sha256=corpus.get("sha256"),
+        corpus_sha256=digest,
         recipe=recipe,
         num_conversations=None if data is None else len(data),
         seed_types=dict(Counter(data["seed_type"])) if typed else {},
