@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
@@ -143,7 +144,7 @@ def test_plot_and_model_card(tmp_path: Path) -> None:
     assert "training_curve.png" in card and "captain" not in card
     assert facts["num_tokens"] == 8 and facts["corpus_tokens"] == len(TOKENIZER(TEXT)["input_ids"])
     assert facts["num_conversations"] == 16 and sum(facts["seed_types"].values()) == 16
-    assert facts["recipe"]["optimizer_steps"] == 4 and len(facts["corpus_sha256"]) == 64
+    assert facts["recipe"]["optimizer_steps"] == 4 and facts["corpus_sha256"] == sha256(TEXT.encode()).hexdigest()
     assert {metric["type"] for metric in facts["metrics"]} >= {"gold_nll", "conversation_gap_closed"}
 
 
