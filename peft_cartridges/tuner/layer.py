@@ -76,6 +76,12 @@ class CartridgeLayer(nn.Module, BaseTunerLayer):
                 torch.randn(heads, trainable, dim, **options) * 0.02
             )
 
+    def freeze_sink(self, adapter_name: str) -> None:
+        """The adapter's first tokens are not to learn."""
+        for parameters in (self.kv_prefix_frozen_key, self.kv_prefix_frozen_value):
+            if adapter_name in parameters:
+                parameters[adapter_name].requires_grad_(False)
+
     def get_tokens(self, adapter_name: str) -> tuple[Tensor, Tensor]:
         """Keys and values of an adapter, frozen tokens first."""
         if self.source is not None:

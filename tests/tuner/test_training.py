@@ -95,7 +95,8 @@ def test_autocast_adapter_dtype(autocast: bool) -> None:
     layer = peft_model.base_model.cartridge_layers()[0]
     expected = torch.float32 if autocast else torch.bfloat16
     for name in ("key", "value", "frozen_key", "frozen_value"):
-        assert getattr(layer, f"kv_prefix_{name}")["default"].dtype == expected, name
+        parameter = getattr(layer, f"kv_prefix_{name}")["default"]
+        assert (parameter.dtype, parameter.requires_grad) == (expected, not name.startswith("frozen")), name
     assert all(grad.dtype == expected and grad.isfinite().all() for grad in _grads(peft_model))
     assert peft_model.generate(input_ids=token_ids(1, 4), max_new_tokens=2, pad_token_id=0).shape[1] <= 6
 
@@ -104,8 +105,10 @@ def test_a_loaded_adapter_in_a_bfloat16_base(tmp_path: Path) -> None:
     cartridge_model(tiny_model("llama"), _prefix("llama")).save_pretrained(tmp_path)
     for autocast, dtype in ((True, torch.float32), (False, torch.bfloat16)):
         model = tiny_model("llama", dtype=torch.bfloat16)
-        peft_model = PeftModel.from_pretrained(model, tmp_path, autocast_adapter_dtype=autocast)
+        peft_model = PeftModel.from_pretrained(model, tmp_path, is_trainable=True, autocast_adapter_dtype=autocast)
         assert peft_model.base_model.get_kv_prefix().dtype == dtype
+        learning = {name for name, parameter in peft_model.named_parameters() if parameter.requires_grad}
+        assert learning and not any("frozen" in name for name in learning)
 
 
 def _quantized_by_torchao(model: nn.Module) -> nn.Module:
