@@ -17,7 +17,9 @@ ROWS = [[40, 41, 42, 43], [50, 51, 52]]
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("architecture", ["llama", "qwen3", "gpt_neox", "granite"])
+@pytest.mark.parametrize(
+    "architecture", ["llama", "qwen3", "gpt_neox", "granite", "mistral", "gemma2", "gemma3", "gpt_oss"]
+)
 def test_attention_received_is_the_largest_weight_of_the_model_itself(architecture: str) -> None:
     model = tiny_model(architecture)
     model.set_attn_implementation("eager")

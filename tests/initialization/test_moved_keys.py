@@ -32,6 +32,14 @@ def test_a_moved_prefix_is_what_the_model_would_have_read_there(architecture: st
         torch.testing.assert_close(have, want, atol=1e-3, rtol=1e-3)
 
 
+def test_rounding_does_not_spoil_what_is_measured() -> None:
+    model = tiny_model("llama", dtype=torch.bfloat16)
+    moved, expected = move_prefix(model, _read_at(model, 0), 37, PROBE), _read_at(tiny_model("llama"), 37)
+    for have, want in zip(moved.keys + moved.values, expected.keys + expected.values, strict=True):
+        assert have.dtype == torch.bfloat16
+        assert (have.float() - want).norm() < 0.02 * want.norm()
+
+
 def test_positions_are_not_ignored() -> None:
     model = tiny_model("llama")
     assert not torch.allclose(_read_at(model, 0).keys[0], _read_at(model, 37).keys[0], atol=1e-2)
