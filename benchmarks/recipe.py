@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import sys
 import time
 from dataclasses import dataclass, field, fields
@@ -108,13 +109,15 @@ class Search:
         model_path: The model's folder or name.
         output: The JSON lines.
         overrides: Settings of all runs, over `BASE` and the runs' own.
+        dtype: The model's.
     """
 
-    def __init__(self, model_path: str, output: Path, overrides: dict[str, Any]) -> None:
+    def __init__(self, model_path: str, output: Path, overrides: dict[str, Any], dtype: str = "bfloat16") -> None:
         self.output = output
         self.overrides = overrides
+        self.dtype = dtype
         self.tokenizer = AutoTokenizer.from_pretrained(model_path)
-        self.model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.bfloat16)
+        self.model = AutoModelForCausalLM.from_pretrained(model_path, dtype=getattr(torch, dtype))
         self._gaps: dict[str, ContextGap] = {}
 
     def done(self) -> dict[str, dict[str, Any]]:
@@ -156,12 +159,17 @@ class Search:
             "nll_no_context": gap.no_context, "nll_full_context": gap.full_context,
             "nll_start": nll_start, "nll": nll, "gap_closed": gap.closed(nll), "held_out_gap_closed": held_out_gap_closed,
             "losses": [round(entry["loss"], 4) for entry in trainer.state.log_history if "loss" in entry],
-            "command": "python " + " ".join(["benchmarks/recipe.py", run.name]), "threads": torch.get_num_threads(),
+            "dtype": self.dtype, "command": self._command(run), "threads": torch.get_num_threads(),
         }  # fmt: skip
         self.output.parent.mkdir(parents=True, exist_ok=True)
         with self.output.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
         return record
+
+    def _command(self, run: Run) -> str:
+        overrides = [f"{name}={json.dumps(value)}" for name, value in self.overrides.items()]
+        settings = ["--set", *overrides] if overrides else []
+        return shlex.join(["python", "benchmarks/recipe.py", run.name, "--dtype", self.dtype, *settings])
 
     def _trainer(
         self,
@@ -243,6 +251,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--table", action="store_true", help="print the output as a table and stop")
     parser.add_argument("--output", type=Path, default=Path("outputs/recipe.jsonl"), help="the JSON lines")
     parser.add_argument("--model", default=".models/SmolLM2-135M-Instruct")
+    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"], help="the model's")
     parser.add_argument("--max_minutes", type=float, default=1e9, help="begin no further run after so many minutes")
     parser.add_argument("--set", nargs="*", default=[], metavar="NAME=JSON", help="settings of all runs")
     args = parser.parse_args()
@@ -263,7 +272,7 @@ def main() -> None:
         return
     overrides = {name: json.loads(value) for name, value in (pair.split("=", 1) for pair in args.set)}
     wanted = [run for run in RUNS.values() if run.name in args.names or run.group in args.group]
-    search, start = Search(args.model, args.output, overrides), time.perf_counter()
+    search, start = Search(args.model, args.output, overrides, args.dtype), time.perf_counter()
     for run in wanted:
         if run.name in search.done():
             print(f"{run.name}: there already")
