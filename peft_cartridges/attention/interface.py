@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 from transformers import AttentionInterface
 
-from .kernels import Scoring
 from .layers import UnsupportedModelError
 from .masks import additive_mask, flash_mask
+from .plain_attention import Scoring
 from .shared_prefix_attention import PrefixPart, concatenated_attention, shared_prefix_attention
 
 SHARED_PREFIX = "shared_prefix"

@@ -1,44 +1,39 @@
 """One part of an attention and its log-sum-exp, forward and backward: what `shared_prefix_attention` merges.
 
-Every kernel computes, for queries `[batch, heads, q_len, key_dim]`, keys `[batch, heads, kv_len, key_dim]` and values
-`[batch, heads, kv_len, value_dim]`, the output `[batch, heads, q_len, value_dim]` and the log-sum-exp of the scores
-`[batch, heads, q_len]`. The backward takes any output and log-sum-exp: given those of a *merged* attention it returns
-this part's share of the merged gradient (the identity that ring attention rests on, arXiv 2310.01889).
+Every kernel computes, for queries `[batch, heads, q_len, key_dim]`, keys `[batch, kv_heads, kv_len, key_dim]` and values
+`[batch, kv_heads, kv_len, value_dim]`, the output `[batch, heads, q_len, value_dim]` and the log-sum-exp of the scores
+`[batch, heads, q_len]`; `kv_heads` divides `heads`. The backward takes any output and log-sum-exp: given those of a
+*merged* attention it returns this part's share of the merged gradient (the identity that ring attention rests on,
+arXiv 2310.01889).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
-from . import tiled_bfloat16
+from . import batched_bfloat16, fused_cuda, tiled_bfloat16
+from .plain_attention import Scoring, attend_plainly, attend_plainly_backward
 
 _flash_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_cpu_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-
-# Scores held at a time by the math kernel, so that its memory stays flat in the number of queries.
-_MATH_SCORES = 1 << 24
-
-
-@dataclass(frozen=True)
-class Scoring:
-    """How a part's scores are made: `scale * q·k`, squashed to `softcap * tanh(scores / softcap)` if given (Gemma 2),
-    plus an additive `mask` broadcastable to `[batch, heads, q_len, kv_len]`; `causal` hides key j from query i < j."""
-
-    scale: float
-    softcap: float | None = None
-    causal: bool = False
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scoring: Scoring) -> tuple[Tensor, Tensor]:
     """Output and log-sum-exp of one part."""
     if _tiles_pay(query, key, value, mask, scoring):
         return tiled_bfloat16.attend_tiled(query, key, value, scoring.scale)
+    if _batches_pay(query, key, value, mask, scoring):
+        return batched_bfloat16.attend_causal(query, key, value, scoring.scale)
+    if fused_cuda.flash_takes(query, key, value, mask, scoring):
+        return fused_cuda.attend_flash(query, key, value, scoring)
+    groups = query.shape[1] // key.shape[1]
+    key, value = repeat_heads(key, groups), repeat_heads(value, groups)
     if _has_flash_cpu(query, key, value, scoring):
         return _flash_cpu(query, key, value, 0.0, scoring.causal, attn_mask=mask, scale=scoring.scale)
-    return _attend_math(query, key, value, mask, scoring)
+    if fused_cuda.efficient_takes(query, key, value, mask, scoring):
+        return fused_cuda.attend_efficient(query, key, value, mask, scoring)
+    return attend_plainly(query, key, value, mask, scoring)
 
 
 def attend_backward(
@@ -54,16 +49,41 @@ def attend_backward(
     """Gradients of query, key and value, for an output and log-sum-exp that may be those of a merged attention."""
     if _tiles_pay(query, key, value, mask, scoring):
         return tiled_bfloat16.attend_tiled_backward(grad, query, key, value, output, lse, scoring.scale)
+    if _batches_pay(query, key, value, mask, scoring):
+        return batched_bfloat16.attend_causal_backward(grad, query, key, value, output, lse, scoring.scale)
+    if fused_cuda.flash_takes(query, key, value, mask, scoring):
+        return fused_cuda.attend_flash_backward(grad, query, key, value, output, lse, scoring)
+    groups = query.shape[1] // key.shape[1]
+    key, value = repeat_heads(key, groups), repeat_heads(value, groups)
+    parts = (grad, query, key, value, output, lse)
     if _has_flash_cpu(query, key, value, scoring):
-        return _flash_cpu_backward(
-            grad, query, key, value, output, lse, 0.0, scoring.causal, attn_mask=mask, scale=scoring.scale
-        )
-    return _attend_math_backward(grad, query, key, value, output, lse, mask, scoring)
+        gradients = _flash_cpu_backward(*parts, 0.0, scoring.causal, attn_mask=mask, scale=scoring.scale)
+    elif fused_cuda.efficient_takes(query, key, value, mask, scoring):
+        gradients = fused_cuda.attend_efficient_backward(*parts, mask, scoring)
+    else:
+        gradients = attend_plainly_backward(*parts, mask, scoring)
+    d_query, d_key, d_value = gradients
+    return d_query, _sum_groups(d_key, groups), _sum_groups(d_value, groups)
+
+
+def repeat_heads(tensor: Tensor, groups: int) -> Tensor:
+    """`[batch, kv_heads, …]` to `[batch, kv_heads * groups, …]`, as query heads are ordered."""
+    return tensor if groups == 1 else tensor.repeat_interleave(groups, dim=1)
+
+
+def _sum_groups(tensor: Tensor, groups: int) -> Tensor:
+    return tensor if groups == 1 else tensor.unflatten(1, (-1, groups)).sum(2)
 
 
 def _tiles_pay(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scoring: Scoring) -> bool:
     plain = mask is None and not scoring.causal and scoring.softcap is None
-    return plain and query.dtype == key.dtype == value.dtype and tiled_bfloat16.is_faster(query, key)
+    one_dtype = query.dtype == key.dtype == value.dtype
+    return plain and one_dtype and query.shape[1] == key.shape[1] and tiled_bfloat16.is_faster(query, key)
+
+
+def _batches_pay(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scoring: Scoring) -> bool:
+    plain = mask is None and scoring.causal and scoring.softcap is None and query.dtype == value.dtype
+    return plain and batched_bfloat16.is_faster(query, key)
 
 
 def _has_flash_cpu(query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> bool:
@@ -73,78 +93,3 @@ def _has_flash_cpu(query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) 
         and query.shape[-1] == value.shape[-1]
         and query.dtype == key.dtype == value.dtype
     )
-
-
-# -- plain PyTorch: any device, any dtype, soft-capped scores, values of another width -------------------------------
-
-
-def _attend_math(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scoring: Scoring
-) -> tuple[Tensor, Tensor]:
-    outputs, lses = [], []
-    for rows in _query_pieces(query, key):
-        scores, _ = _scores(query[:, :, rows], key, _rows_of(mask, rows), scoring, rows.start)
-        lse = scores.logsumexp(-1)
-        lses.append(lse)
-        outputs.append((scores - lse[..., None]).exp().to(value.dtype) @ value)
-    return torch.cat(outputs, dim=2), torch.cat(lses, dim=2)
-
-
-def _attend_math_backward(
-    grad: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    output: Tensor,
-    lse: Tensor,
-    mask: Tensor | None,
-    scoring: Scoring,
-) -> tuple[Tensor, Tensor, Tensor]:
-    accumulate = _accumulation_dtype(query)
-    d_query = torch.empty_like(query)
-    d_key = torch.zeros(key.shape, dtype=accumulate, device=key.device)
-    d_value = torch.zeros(value.shape, dtype=accumulate, device=value.device)
-    for rows in _query_pieces(query, key):
-        q, g, out = (tensor[:, :, rows].to(accumulate) for tensor in (query, grad, output))
-        scores, d_softcap = _scores(q, key, _rows_of(mask, rows), scoring, rows.start)
-        weights = (scores - lse[:, :, rows, None].to(accumulate)).exp()
-        d_value += weights.transpose(-1, -2) @ g
-        d_scores = weights * (g @ value.to(accumulate).transpose(-1, -2) - (g * out).sum(-1, keepdim=True))
-        if d_softcap is not None:
-            d_scores = d_scores * d_softcap
-        d_query[:, :, rows] = (d_scores @ key.to(accumulate) * scoring.scale).to(query.dtype)
-        d_key += d_scores.transpose(-1, -2) @ q * scoring.scale
-    return d_query, d_key.to(key.dtype), d_value.to(value.dtype)
-
-
-def _scores(
-    query: Tensor, key: Tensor, mask: Tensor | None, scoring: Scoring, first_row: int
-) -> tuple[Tensor, Tensor | None]:
-    """Scores in the accumulation dtype, and the derivative of the soft cap where there is one."""
-    accumulate = _accumulation_dtype(query)
-    scores = query.to(accumulate) @ key.to(accumulate).transpose(-1, -2) * scoring.scale
-    d_softcap = None
-    if scoring.softcap is not None:
-        squashed = torch.tanh(scores / scoring.softcap)
-        scores, d_softcap = scoring.softcap * squashed, 1 - squashed.square()
-    if mask is not None:
-        scores = scores + mask
-    if scoring.causal:
-        q_len, kv_len = scores.shape[-2:]
-        hidden = torch.ones(q_len, kv_len, dtype=torch.bool, device=scores.device).triu(first_row + 1)
-        scores = scores.masked_fill(hidden, torch.finfo(scores.dtype).min)
-    return scores, d_softcap
-
-
-def _accumulation_dtype(tensor: Tensor) -> torch.dtype:
-    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
-
-
-def _query_pieces(query: Tensor, key: Tensor) -> list[slice]:
-    batch, heads, q_len, _ = query.shape
-    step = max(1, _MATH_SCORES // max(1, batch * heads * key.shape[2]))
-    return [slice(start, min(start + step, q_len)) for start in range(0, q_len, step)]
-
-
-def _rows_of(mask: Tensor | None, rows: slice) -> Tensor | None:
-    return mask if mask is None or mask.shape[-2] == 1 else mask[..., rows, :]

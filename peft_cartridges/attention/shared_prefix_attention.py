@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import batched_bfloat16
-from .kernels import Scoring, attend, attend_backward
+from .kernels import attend, attend_backward, repeat_heads
+from .plain_attention import Scoring
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ class _SharedPrefixAttention(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, sinks, mask, output, lse, *tensors = ctx.saved_tensors
         grad = grad.contiguous()
-        d_query, d_key, d_value = _attend_rows_backward(grad, query, key, value, output, lse, mask, ctx.scoring)
+        d_query, d_key, d_value = attend_backward(grad, query, key, value, output, lse, mask, ctx.scoring)
         d_tensors: list[Tensor] = []
         for (part_mask, rows), part_key, part_value in zip(ctx.about, tensors[0::2], tensors[1::2], strict=True):
             g, q, out, total = (t if rows is None else t[rows] for t in (grad, query, output, lse))
@@ -142,7 +142,7 @@ class _SharedPrefixAttention(torch.autograd.Function):
         return d_query, d_key, d_value, d_sinks, None, None, None, *d_tensors
 
 
-# -- the rows' own part: batched, key/value heads repeated only where a kernel needs it ------------------------------
+# -- the rows' own part ----------------------------------------------------------------------------------------------
 
 
 def _attend_rows(
@@ -155,41 +155,7 @@ def _attend_rows(
         packed = query.reshape(batch, key.shape[1], groups, -1)
         output, lse = attend(packed, key, value, mask, Scoring(scoring.scale, scoring.softcap))
         return output.reshape(batch, heads, 1, -1), lse.reshape(batch, heads, 1)
-    if _batches_pay(query, key, value, mask, scoring):
-        return batched_bfloat16.attend_causal(query, key, value, scoring.scale)
-    return attend(query, _repeat(key, groups), _repeat(value, groups), mask, scoring)
-
-
-def _batches_pay(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scoring: Scoring) -> bool:
-    plain = mask is None and scoring.causal and scoring.softcap is None and query.dtype == value.dtype
-    return plain and batched_bfloat16.is_faster(query, key)
-
-
-def _attend_rows_backward(
-    grad: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    output: Tensor,
-    lse: Tensor,
-    mask: Tensor | None,
-    scoring: Scoring,
-) -> tuple[Tensor, Tensor, Tensor]:
-    if _batches_pay(query, key, value, mask, scoring):
-        return batched_bfloat16.attend_causal_backward(grad, query, key, value, output, lse, scoring.scale)
-    groups = query.shape[1] // key.shape[1]
-    d_query, d_key, d_value = attend_backward(
-        grad, query, _repeat(key, groups), _repeat(value, groups), output, lse, mask, scoring
-    )
-    return d_query, _sum_groups(d_key, groups), _sum_groups(d_value, groups)
-
-
-def _repeat(tensor: Tensor, groups: int) -> Tensor:
-    return tensor if groups == 1 else tensor.repeat_interleave(groups, dim=1)
-
-
-def _sum_groups(tensor: Tensor, groups: int) -> Tensor:
-    return tensor if groups == 1 else tensor.unflatten(1, (-1, groups)).sum(2)
+    return attend(query, key, value, mask, scoring)
 
 
 # -- the prefix part: one copy of keys and values, the whole batch as its queries ------------------------------------
@@ -288,7 +254,7 @@ def concatenated_attention(
         own = own.masked_fill(torch.ones(own.shape[-2:], dtype=torch.bool, device=own.device).triu(1), hidden)
     masks = [part.expand(batch, own.shape[1], -1, -1) for part in masks]
     keys, values = torch.cat([*key_parts, key], dim=2), torch.cat([*value_parts, value], dim=2)
-    scores = query @ _repeat(keys, groups).transpose(-1, -2) * scoring.scale
+    scores = query @ repeat_heads(keys, groups).transpose(-1, -2) * scoring.scale
     if scoring.softcap is not None:
         scores = scoring.softcap * torch.tanh(scores / scoring.softcap)
     scores = scores + torch.cat([*masks, own], dim=-1)
@@ -297,4 +263,4 @@ def concatenated_attention(
     weights = scores.softmax(-1, dtype=torch.float64 if scores.dtype == torch.float64 else torch.float32)
     weights = (weights if sinks is None else weights[..., :-1]).to(query.dtype)
     weights = torch.nn.functional.dropout(weights, dropout, training=dropout > 0)
-    return weights @ _repeat(values, groups), weights
+    return weights @ repeat_heads(values, groups), weights

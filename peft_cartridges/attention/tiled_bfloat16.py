@@ -4,7 +4,7 @@ PyTorch's flash attention on CPU multiplies bfloat16 at float32's speed unless t
 products use AVX512-BF16 too. Their result is rounded to bfloat16, which would spoil scores of some size, so each
 product already subtracts the row's maximum (forward) or its log-sum-exp (backward): scores near the maximum, which are
 the ones with weight, are then near zero and keep their precision. The error is of the size of flash attention's own
-(see tests/attention/test_kernels.py).
+(see tests/attention/test_tiled_bfloat16.py).
 """
 
 from __future__ import annotations

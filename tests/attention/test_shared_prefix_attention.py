@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from peft_cartridges.attention.kernels import Scoring
+from peft_cartridges.attention.plain_attention import Scoring
 from peft_cartridges.attention.shared_prefix_attention import (
     PrefixPart,
     concatenated_attention,
@@ -204,6 +204,6 @@ def test_no_copy_of_the_prefix_per_row_is_stored_for_the_backward() -> None:
 def test_the_math_kernel_goes_in_pieces(monkeypatch: pytest.MonkeyPatch, q_len: int) -> None:
     case = Case(2, 2, 2, q_len, q_len, 4, 4, (9,), False, False, "causal", 2.0, False, torch.float64, 0)
     expected = _run(case, concatenated_attention)
-    monkeypatch.setattr("peft_cartridges.attention.kernels._MATH_SCORES", 256)
+    monkeypatch.setattr("peft_cartridges.attention.plain_attention._SCORES", 256)
     output = _run(case, shared_prefix_attention)
     torch.testing.assert_close(output, expected, atol=1e-9, rtol=1e-9)

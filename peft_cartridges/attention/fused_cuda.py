@@ -1,0 +1,175 @@
+"""Attention parts by PyTorch's fused CUDA kernels: flash attention where nothing is masked, memory-efficient attention
+for masks and float32.
+
+They are operators that PyTorch keeps for its own use, so each is held against plain products on its first use for a
+device, a dtype and a width of heads. One that fails or differs is left aside, with a warning: what is slow is then also
+right. `torch.backends.cuda.enable_flash_sdp(False)` and `enable_mem_efficient_sdp(False)` switch them off, as they do for
+PyTorch's own attention.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.backends.cuda import SDPAParams, can_use_efficient_attention, can_use_flash_attention
+from torch.nn.functional import pad
+
+from .plain_attention import Scoring, attend_plainly, attend_plainly_backward
+
+_flash = torch.ops.aten._scaled_dot_product_flash_attention
+_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_backward
+_efficient = torch.ops.aten._scaled_dot_product_efficient_attention
+_efficient_backward = torch.ops.aten._scaled_dot_product_efficient_attention_backward
+
+# What the memory-efficient kernel reads in one go: elements of a mask's row, and queries' log-sum-exps.
+_MASK_ALIGNMENT, _LSE_ALIGNMENT = 16, 32
+_WIDEST_ON_SMALL_GPUS = 192  # of flash attention's backward, on GPUs with less shared memory than an A100
+_TOLERANCE = {torch.float32: 5e-3}  # plain products may run in TF32
+_HALF_TOLERANCE = 2e-2
+
+
+def flash_takes(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scoring: Scoring) -> bool:
+    """Whether flash attention computes this part; keys and values may have fewer heads than queries."""
+    width = query.shape[-1]
+    return (
+        _is_candidate(query, key, value, scoring)
+        and mask is None
+        and width == value.shape[-1]
+        and width % 8 == 0
+        and (width <= _WIDEST_ON_SMALL_GPUS or torch.cuda.get_device_capability(query.device)[1] == 0)
+        and can_use_flash_attention(SDPAParams(query, key, value, None, 0.0, scoring.causal, True))
+        and _agrees("flash", query.device, query.dtype, width, width)
+    )
+
+
+def efficient_takes(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scoring: Scoring) -> bool:
+    """Whether memory-efficient attention computes this part; all have the same number of heads."""
+    return (
+        _is_candidate(query, key, value, scoring)
+        and can_use_efficient_attention(
+            SDPAParams(query, key, value, _aligned(mask, query, key), 0.0, scoring.causal, False)
+        )
+        and _agrees("efficient", query.device, query.dtype, query.shape[-1], value.shape[-1])
+    )
+
+
+def attend_flash(query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> tuple[Tensor, Tensor]:
+    """Output `[batch, heads, q_len, value_dim]` and log-sum-exp `[batch, heads, q_len]`, float32."""
+    output, lse, *_ = _flash(query, key, value, 0.0, scoring.causal, scale=scoring.scale)
+    return output, lse
+
+
+def attend_flash_backward(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, output: Tensor, lse: Tensor, scoring: Scoring
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of query, key and value; `output` and `lse` may be those of a merged attention."""
+    no_dropout = torch.empty(2, dtype=torch.uint64, device=query.device)
+    lengths = (None, None, query.shape[2], key.shape[2])
+    # The kernel reads the log-sum-exp without its strides.
+    parts = (grad, query, key, value, output, lse.float().contiguous())
+    return _flash_backward(*parts, *lengths, 0.0, scoring.causal, no_dropout, no_dropout, scale=scoring.scale)
+
+
+def attend_efficient(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scoring: Scoring
+) -> tuple[Tensor, Tensor]:
+    """As `attend_flash`, with an additive mask broadcastable to `[batch, heads, q_len, kv_len]`."""
+    mask = _aligned(mask, query, key)
+    output, lse, *_ = _efficient(query, key, value, mask, True, 0.0, scoring.causal, scale=scoring.scale)
+    return output, lse.narrow(-1, 0, query.shape[2])
+
+
+def attend_efficient_backward(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    output: Tensor,
+    lse: Tensor,
+    mask: Tensor | None,
+    scoring: Scoring,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `attend_flash_backward`."""
+    no_dropout = torch.empty((), dtype=torch.int64, device=query.device)
+    lse = pad(lse.float(), (0, -lse.shape[-1] % _LSE_ALIGNMENT), value=float("inf"))
+    # The kernel takes the output to lie in memory as it wrote it: [batch, q_len, heads, value_dim].
+    output = output.transpose(1, 2).contiguous().transpose(1, 2)
+    parts = (grad, query, key, value, _aligned(mask, query, key), output, lse)
+    wanted = [True, True, True, False]
+    gradients = _efficient_backward(*parts, no_dropout, no_dropout, 0.0, wanted, scoring.causal, scale=scoring.scale)
+    return gradients[:3]
+
+
+def _is_candidate(query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> bool:
+    return query.is_cuda and scoring.softcap is None and query.dtype == key.dtype == value.dtype
+
+
+def _aligned(mask: Tensor | None, query: Tensor, key: Tensor) -> Tensor | None:
+    if mask is None:
+        return None
+    kv_len = key.shape[2]
+    padded = pad(mask.to(query.dtype), (0, -kv_len % _MASK_ALIGNMENT))
+    return padded.narrow(-1, 0, kv_len).expand(*query.shape[:3], kv_len)
+
+
+@torch.compiler.assume_constant_result
+@functools.cache
+def _agrees(
+    kernel: Literal["flash", "efficient"], device: torch.device, dtype: torch.dtype, key_dim: int, value_dim: int
+) -> bool:
+    """Whether a kernel gives what plain products give, forward and, with the log-sum-exp of a merge, backward."""
+    try:
+        with torch.no_grad(), torch.autocast(device.type, enabled=False):
+            error = max(_error(kernel, causal, device, dtype, key_dim, value_dim) for causal in (False, True))
+    except (RuntimeError, TypeError) as problem:
+        reason = f"it fails: {problem}"
+    else:
+        if error < _TOLERANCE.get(dtype, _HALF_TOLERANCE):
+            return True
+        reason = f"it differs from plain products by {error:.1e}"
+    warnings.warn(
+        f"PyTorch's {kernel} attention is not used for cartridges in {dtype} on {device}, which costs time and memory: "
+        f"{reason}. Please report this, with your versions of torch ({torch.__version__}) and of CUDA.",
+        stacklevel=2,
+    )
+    return False
+
+
+def _error(kernel: str, causal: bool, device: torch.device, dtype: torch.dtype, key_dim: int, value_dim: int) -> float:
+    """The largest relative error of output, log-sum-exp and gradients."""
+    generator = torch.Generator(device).manual_seed(0)
+
+    def random(heads: int, width: int) -> Tensor:
+        return torch.randn(2, heads, 72, width, generator=generator, device=device).to(dtype)
+
+    heads = 2 if kernel == "flash" else 4
+    query, key, value, grad = random(4, key_dim), random(heads, key_dim), random(heads, value_dim), random(4, value_dim)
+    scoring = Scoring(key_dim**-0.5, causal=causal)
+    wide_query, wide_key, wide_value = (
+        tensor.float().repeat_interleave(4 // tensor.shape[1], 1) for tensor in (query, key, value)
+    )
+    output, lse = attend_plainly(wide_query, wide_key, wide_value, None, scoring)
+    merged = (output.to(dtype) / 2, lse + 1)
+    gradients = attend_plainly_backward(
+        grad.float(), wide_query, wide_key, wide_value, merged[0].float(), merged[1], None, scoring
+    )
+    exact = [output, lse]
+    for gradient, like in zip(gradients, (query, key, value), strict=True):
+        exact.append(gradient.unflatten(1, (like.shape[1], -1)).sum(2))
+    if kernel == "flash":
+        found = [
+            *attend_flash(query, key, value, scoring),
+            *attend_flash_backward(grad, query, key, value, *merged, scoring),
+        ]
+    else:
+        mask = None if causal else torch.zeros(1, 1, 72, 72, device=device)
+        found = [
+            *attend_efficient(query, key, value, mask, scoring),
+            *attend_efficient_backward(grad, query, key, value, *merged, mask, scoring),
+        ]
+    errors = [((mine.float() - true).norm() / true.norm()) for mine, true in zip(found, exact, strict=True)]
+    return max(error.item() for error in errors)

@@ -1,0 +1,202 @@
+"""Attention by CUDA's fused kernels: on a GPU against float64, and without one against what the operators say of
+themselves (their signatures and shapes), with plain products in the kernels' place."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from peft_cartridges.attention import fused_cuda, plain_attention
+from peft_cartridges.attention.plain_attention import Scoring
+from peft_cartridges.attention.shared_prefix_attention import (
+    PrefixPart,
+    concatenated_attention,
+    shared_prefix_attention,
+)
+
+MASKS = ["none", "causal", "padding"]
+
+
+def _problem(
+    mask: str, dtype: torch.dtype, device: str = "cpu", width: int = 64
+) -> tuple[list[Tensor], Tensor | None, Scoring]:
+    """Query, key, value, prefix key, prefix value; the mask and how scores are made."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(2, 6, 37, width), (2, 3, 37, width), (2, 3, 37, width), (3, 50, width), (3, 50, width)]
+    tensors = [torch.randn(*shape, generator=generator).to(device, dtype).requires_grad_() for shape in shapes]
+    padding = None
+    if mask == "padding":
+        padding = torch.zeros(2, 1, 1, 37, device=device)
+        padding[1, ..., :9] = torch.finfo(torch.float32).min
+    return tensors, padding, Scoring(width**-0.5, causal=mask == "causal")
+
+
+def _gradients(attention: Any, tensors: list[Tensor], mask: Tensor | None, scoring: Scoring) -> list[Tensor]:
+    query, key, value, prefix_key, prefix_value = tensors
+    prefixes = [PrefixPart(prefix_key, prefix_value)]
+    output = attention(query, key, value, prefixes, mask=mask, scoring=scoring)
+    output = output[0] if isinstance(output, tuple) else output
+    grad = torch.linspace(-1, 1, output.numel(), device=output.device).reshape(output.shape).to(output.dtype)
+    return [output, *torch.autograd.grad(output, tensors, grad)]
+
+
+def _assert_as_exact(tensors: list[Tensor], mask: Tensor | None, scoring: Scoring, tolerance: float) -> None:
+    found = _gradients(shared_prefix_attention, tensors, mask, scoring)
+    wide = [tensor.detach().double().requires_grad_() for tensor in tensors]
+    exact = _gradients(concatenated_attention, wide, mask, scoring)
+    for mine, true in zip(found, exact, strict=True):
+        assert mine.dtype == tensors[0].dtype
+        assert (mine.double() - true).norm() < tolerance * true.norm()
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("width", [64, 80, 128])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 2e-2), (torch.float16, 4e-3), (torch.float32, 1e-3)])
+def test_on_a_gpu(mask: str, width: int, dtype: torch.dtype, tolerance: float) -> None:
+    tensors, padding, scoring = _problem(mask, dtype, "cuda", width)
+    kernel = fused_cuda.efficient_takes if dtype == torch.float32 else fused_cuda.flash_takes
+    prefix = [tensors[0], tensors[3][None].repeat_interleave(2, 1), tensors[4][None].repeat_interleave(2, 1)]
+    assert kernel(*prefix, None, Scoring(1.0))
+    _assert_as_exact(tensors, padding, scoring, tolerance)
+
+
+@pytest.mark.parametrize("heads", [2, 4])
+def test_the_operators_take_what_they_are_given(heads: int) -> None:
+    with FakeTensorMode():
+        query = torch.empty(2, 4, 37, 64, device="cuda", dtype=torch.bfloat16)
+        key = torch.empty(2, heads, 50, 64, device="cuda", dtype=torch.bfloat16)
+        results = [fused_cuda.attend_flash(query, key, key, Scoring(0.1))]
+        gradients = [fused_cuda.attend_flash_backward(query, query, key, key, *results[0], Scoring(0.1))]
+        if heads == 4:
+            mask = torch.zeros(2, 1, 1, 50, device="cuda")
+            results.append(fused_cuda.attend_efficient(query, key, key, mask, Scoring(0.1)))
+            gradients.append(
+                fused_cuda.attend_efficient_backward(query, query, key, key, *results[1], mask, Scoring(0.1))
+            )
+        for output, lse in results:
+            assert (output.shape, lse.shape, lse.dtype) == (query.shape, query.shape[:3], torch.float32)
+        for d_query, d_key, d_value in gradients:
+            assert (d_query.shape, d_key.shape, d_value.shape) == (query.shape, key.shape, key.shape)
+
+
+class _Kernels:
+    """CUDA's operators on the CPU, by plain products and as particular as the real ones about what they are given."""
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+        self.error = 0.0
+
+    def flash(
+        self, query: Tensor, key: Tensor, value: Tensor, dropout_p: float = 0.0, is_causal: bool = False,
+        return_debug_mask: bool = False, *, scale: float | None = None,
+    ) -> tuple[Any, ...]:  # fmt: skip
+        self.calls.append("flash")
+        groups = query.shape[1] // key.shape[1]
+        key, value = (tensor.repeat_interleave(groups, 1) for tensor in (key, value))
+        output, lse = plain_attention.attend_plainly(query, key, value, None, Scoring(scale or 1.0, causal=is_causal))
+        return output + self.error, lse, None, None, query.shape[2], key.shape[2], None, None, None
+
+    def flash_backward(
+        self, grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, logsumexp: Tensor,
+        cum_seq_q: Any, cum_seq_k: Any, max_q: int, max_k: int, dropout_p: float, is_causal: bool,
+        philox_seed: Tensor, philox_offset: Tensor, *, scale: float | None = None,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        self.calls.append("flash backward")
+        assert logsumexp.is_contiguous() and logsumexp.dtype == torch.float32
+        assert (max_q, max_k, dropout_p) == (query.shape[2], key.shape[2], 0.0)
+        groups = query.shape[1] // key.shape[1]
+        wide = [tensor.repeat_interleave(groups, 1) for tensor in (key, value)]
+        d_query, *rest = plain_attention.attend_plainly_backward(
+            grad_out, query, *wide, out, logsumexp, None, Scoring(scale or 1.0, causal=is_causal)
+        )
+        return d_query, *(tensor.unflatten(1, (-1, groups)).sum(2) for tensor in rest)
+
+    def efficient(
+        self, query: Tensor, key: Tensor, value: Tensor, attn_bias: Tensor | None, compute_log_sumexp: bool,
+        dropout_p: float = 0.0, is_causal: bool = False, *, scale: float | None = None,
+    ) -> tuple[Any, ...]:  # fmt: skip
+        self.calls.append("efficient")
+        self._check_bias(attn_bias, query, key)
+        scoring = Scoring(scale or 1.0, causal=is_causal)
+        output, lse = plain_attention.attend_plainly(query, key, value, attn_bias, scoring)
+        padding = (0, math.ceil(lse.shape[-1] / 32) * 32 - lse.shape[-1])
+        return output, torch.nn.functional.pad(lse, padding, value=float("nan")), None, None
+
+    def efficient_backward(
+        self, grad_out_: Tensor, query: Tensor, key: Tensor, value: Tensor, attn_bias: Tensor | None, out: Tensor,
+        logsumexp: Tensor, philox_seed: Tensor, philox_offset: Tensor, dropout_p: float, grad_input_mask: list[bool],
+        is_causal: bool = False, *, scale: float | None = None,
+    ) -> tuple[Any, ...]:  # fmt: skip
+        self.calls.append("efficient backward")
+        self._check_bias(attn_bias, query, key)
+        assert out.transpose(1, 2).is_contiguous() and logsumexp.shape[-1] % 32 == 0
+        assert (dropout_p, grad_input_mask) == (0.0, [True, True, True, False])
+        lse = logsumexp[..., : query.shape[2]]
+        scoring = Scoring(scale or 1.0, causal=is_causal)
+        return *plain_attention.attend_plainly_backward(
+            grad_out_, query, key, value, out, lse, attn_bias, scoring
+        ), None
+
+    def _check_bias(self, bias: Tensor | None, query: Tensor, key: Tensor) -> None:
+        if bias is not None:
+            assert bias.shape == (*query.shape[:3], key.shape[2]) and bias.dtype == query.dtype
+            assert bias.stride(3) == 1 and all(stride % 16 == 0 for stride in bias.stride()[:3])
+
+
+@pytest.fixture
+def kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[_Kernels]:
+    """The operators for CPU tensors, registered with their true schemas, and all that asks for a GPU answered."""
+    stand_in = _Kernels()
+    with torch.library._scoped_library("aten", "IMPL") as library:
+        for name in ("flash", "efficient"):
+            library.impl(f"_scaled_dot_product_{name}_attention", getattr(stand_in, name), "CPU")
+            library.impl(f"_scaled_dot_product_{name}_attention_backward", getattr(stand_in, f"{name}_backward"), "CPU")
+        half = (torch.float16, torch.bfloat16)
+        monkeypatch.setattr(fused_cuda, "_is_candidate", lambda query, key, value, scoring: scoring.softcap is None)
+        monkeypatch.setattr(fused_cuda, "can_use_flash_attention", lambda params: params.query.dtype in half)
+        monkeypatch.setattr(fused_cuda, "can_use_efficient_attention", lambda params: True)
+        monkeypatch.setattr("peft_cartridges.attention.kernels._has_flash_cpu", lambda *_: False)
+        monkeypatch.setattr("peft_cartridges.attention.kernels._tiles_pay", lambda *_: False)
+        monkeypatch.setattr("peft_cartridges.attention.kernels._batches_pay", lambda *_: False)
+        fused_cuda._agrees.cache_clear()
+        yield stand_in
+    fused_cuda._agrees.cache_clear()
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 2e-2), (torch.float32, 1e-5)])
+def test_merged_from_fused_parts(kernels: _Kernels, mask: str, dtype: torch.dtype, tolerance: float) -> None:
+    _assert_as_exact(*_problem(mask, dtype), tolerance)
+    kernels.calls.clear()  # with those of the comparison on first use
+    _assert_as_exact(*_problem(mask, dtype), tolerance)
+    prefix_kernel = "flash" if dtype == torch.bfloat16 else "efficient"
+    rows_kernel = "efficient" if mask == "padding" else prefix_kernel
+    assert kernels.calls == [rows_kernel, prefix_kernel, f"{rows_kernel} backward", f"{prefix_kernel} backward"]
+
+
+def test_a_kernel_that_differs_is_left_aside_with_one_warning(kernels: _Kernels) -> None:
+    kernels.error = 0.5
+    with pytest.warns(UserWarning, match=r"flash attention is not used .* differs from plain products by") as caught:
+        _assert_as_exact(*_problem("causal", torch.bfloat16), 2e-2)
+    assert len(caught) == 1
+    kernels.calls.clear()
+    _assert_as_exact(*_problem("causal", torch.bfloat16), 2e-2)
+    assert kernels.calls == ["efficient", "efficient", "efficient backward", "efficient backward"]
+
+
+def test_a_kernel_that_fails_is_left_aside(kernels: _Kernels, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_kernel(*args: Any, **kwargs: Any) -> None:
+        raise RuntimeError("no kernel image is available")
+
+    monkeypatch.setattr(fused_cuda, "_efficient", no_kernel)
+    with pytest.warns(UserWarning, match=r"efficient attention is not used .* fails: no kernel image"):
+        _assert_as_exact(*_problem("padding", torch.float32), 1e-5)
+    assert kernels.calls == []
