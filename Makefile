@@ -6,6 +6,7 @@ ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check --no-input
+DEEPSPEED := 'deepspeed>=0.19,<0.20' einops hjson msgpack ninja py-cpuinfo
 STAMP := $(VENV)/.installed
 MODEL := .models/SmolLM2-135M-Instruct
 MODEL_FILE := $(MODEL)/model.safetensors
@@ -61,6 +62,8 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(PIP) install -c constraints.txt torch
 	@echo "==> installing peft-cartridges[dev] and its dependencies (a few minutes)"
 	@$(PIP) install -c constraints.txt -e '.[dev]'
+	@echo "==> installing DeepSpeed for its own test, apart: accelerate imports it wherever it finds it"
+	@$(PIP) install --target $(VENV)/deepspeed --no-deps $(DEEPSPEED) || echo "without DeepSpeed its test is skipped"
 	@touch $@
 
 # The environment comes first, but a newer one is no reason to fetch the model again.

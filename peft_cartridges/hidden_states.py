@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from accelerate.utils import extract_model_from_parallel
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
@@ -101,7 +102,7 @@ def _answering(module: Any, output: Any) -> Iterator[None]:
 def forward_hidden_states(model: nn.Module, **inputs: Any) -> Tensor:
     """Final hidden states `[batch, q_len, hidden_size]` by a forward of the whole `model` (which may be wrapped for
     distributed training), with logits for one position of one row only."""
-    inner = unwrap(model)
+    inner = extract_model_from_parallel(model, keep_torch_compile=False)
     captured: list[Tensor] = []
 
     def keep_one(module: nn.Module, args: Any, output: Any) -> Any:
@@ -122,9 +123,3 @@ def keep_last_logit(model: Any) -> dict[str, int]:
     causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
     return {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(causal_lm.forward).parameters else {}
 
-
-def unwrap(model: Any) -> Any:
-    """The model inside a distributed-training wrapper."""
-    while not hasattr(model, "config") and hasattr(model, "module"):
-        model = model.module
-    return model

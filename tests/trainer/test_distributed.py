@@ -17,6 +17,7 @@ from tests.trainer.small_runs import GOLD, TEXT, TOKENIZER
 
 ROOT = Path(__file__).parents[2]
 LAUNCH = ["-m", "accelerate.commands.launch"]
+DEEPSPEED = Path(sys.prefix) / "deepspeed"  # apart, as the Makefile installs it: accelerate imports what it finds
 TWO_PROCESSES = [*LAUNCH, "--config_file", "examples/configs/accelerate_ddp_cpu.yaml"]
 SETTINGS = [
     "--num_tokens", "8", "--num_conversations", "16", "--conversations_per_chunk", "4", "--min_chunk_tokens", "30",
@@ -36,14 +37,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def _start(launcher: list[str], folder: Path, name: str, *options: str) -> subprocess.Popen[bytes]:
+def _start(
+    launcher: list[str], folder: Path, name: str, *options: str, search: Path | None = None
+) -> subprocess.Popen[bytes]:
     command = [
         sys.executable, *launcher, "examples/self_study.py", "--model_name_or_path", str(folder / "model"),
         "--corpus", str(folder / "corpus.txt"), "--gold_questions", str(folder / "gold.jsonl"),
         "--output_dir", str(folder / name), *SETTINGS, *options,
     ]  # fmt: skip
     log = (folder / f"{name}.log").open("ab")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join(map(str, filter(None, (ROOT, search))))
     return subprocess.Popen(
         command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
     )
@@ -56,8 +60,15 @@ def _finish(process: subprocess.Popen[bytes], folder: Path, name: str) -> tuple[
     return [entry["loss"] for entry in state["log_history"] if "loss" in entry], metrics
 
 
-def test_two_processes_killed_and_resumed_give_the_losses_of_one(folder: Path) -> None:
-    expected, metrics = _finish(_start([], folder, "one", "--per_device_train_batch_size", "8"), folder, "one")
+@pytest.fixture(scope="module")
+def one_process(folder: Path) -> tuple[list[float], dict[str, float]]:
+    return _finish(_start([], folder, "one", "--per_device_train_batch_size", "8"), folder, "one")
+
+
+def test_two_processes_killed_and_resumed_give_the_losses_of_one(
+    folder: Path, one_process: tuple[list[float], dict[str, float]]
+) -> None:
+    expected, metrics = one_process
     options = ("--per_device_train_batch_size", "4")
     process = _start(TWO_PROCESSES, folder, "two", *options)
     deadline = time.monotonic() + 240
@@ -83,6 +94,22 @@ def test_the_flags_in_the_docs_start_two_processes(folder: Path) -> None:
     # 16 conversations, 4 at a time on each: one process would have passed over half of them.
     state = json.loads((folder / "flags" / "checkpoint-2" / "trainer_state.json").read_text())
     assert state["epoch"] == 1.0
+
+
+def test_deepspeed_gives_the_losses_of_one(
+    folder: Path, one_process: tuple[list[float], dict[str, float]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    search = DEEPSPEED if DEEPSPEED.exists() else None
+    if search is None:
+        pytest.importorskip("deepspeed")
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    launcher = [*LAUNCH, "--config_file", "examples/configs/accelerate_deepspeed_zero2.yaml", "--num_processes", "2"]
+    process = _start(launcher, folder, "deepspeed", "--per_device_train_batch_size", "4", search=search)
+    losses, metrics = _finish(process, folder, "deepspeed")
+    states = [path.name for path in (folder / "deepspeed" / "checkpoint-30").glob("global_step30/*optim_states.pt")]
+    assert len(states) == 2, "the optimizer's states were not split, so this was not ZeRO"
+    assert losses == pytest.approx(one_process[0], rel=1e-4)
+    assert metrics["eval_loss"] == pytest.approx(one_process[1]["eval_loss"], rel=1e-3)
 
 
 def test_steps_on_a_sharded_model_are_those_of_the_whole() -> None:
