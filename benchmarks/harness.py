@@ -156,8 +156,8 @@ def _resident_bytes() -> int:
     return pages * os.sysconf("SC_PAGE_SIZE")
 
 
-def save(args: argparse.Namespace, name: str, results: Any) -> None:
-    """Writes the JSON, with the command and the machine."""
+def save(args: argparse.Namespace, name: str, results: Any) -> Path:
+    """Writes the JSON, with the command and the machine, and says where."""
     path = args.output or Path(__file__).parent / "results" / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     record = {
@@ -174,6 +174,7 @@ def save(args: argparse.Namespace, name: str, results: Any) -> None:
     temporary.write_text(json.dumps(record, indent=1))
     temporary.replace(path)
     print(f"\nWritten to {path}")
+    return path
 
 
 def print_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:

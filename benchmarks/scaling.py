@@ -8,6 +8,7 @@ this package, and a plot beside the JSON (needs matplotlib, which the `eval` ext
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from benchmarks import self_study
@@ -39,11 +40,11 @@ def main() -> None:
         ["varied", "value", "synthesis, s", "training, s"],
         [[point["axis"], point["value"], point["synthesis"], point["training"]] for point in points],
     )
-    save(args, "scaling", {"first": first, "points": points})
-    _plot(points)
+    path = save(args, "scaling", {"first": first, "points": points})
+    _plot(points, path.with_suffix(".png"))
 
 
-def _plot(points: list[dict[str, Any]]) -> None:
+def _plot(points: list[dict[str, Any]], path: Path) -> None:
     from matplotlib.figure import Figure
 
     names = {
@@ -60,8 +61,8 @@ def _plot(points: list[dict[str, Any]]) -> None:
         axes.grid(alpha=0.3)
     figure.axes[0].set_ylabel("seconds")
     figure.axes[0].legend()
-    figure.savefig("benchmarks/results/scaling.png", dpi=150)
-    print("Plot in benchmarks/results/scaling.png")
+    figure.savefig(path, dpi=150)
+    print(f"Plot in {path}")
 
 
 if __name__ == "__main__":

@@ -122,4 +122,3 @@ def keep_last_logit(model: Any) -> dict[str, int]:
     """The argument that spares a causal LM the logits nobody asks for, where it knows one."""
     causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
     return {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(causal_lm.forward).parameters else {}
-

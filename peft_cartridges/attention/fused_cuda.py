@@ -27,7 +27,8 @@ _efficient_backward = torch.ops.aten._scaled_dot_product_efficient_attention_bac
 
 # What the memory-efficient kernel reads in one go: elements of a mask's row, and queries' log-sum-exps.
 _MASK_ALIGNMENT, _LSE_ALIGNMENT = 16, 32
-_WIDEST_ON_SMALL_GPUS = 192  # of flash attention's backward, on GPUs with less shared memory than an A100
+# Wider heads want, in flash attention's backward, the shared memory that these have (compute capability).
+_WIDEST_ELSEWHERE, _LARGE_GPUS = 192, {(8, 0), (9, 0), (10, 0)}
 _TOLERANCE = {torch.float32: 5e-3}  # plain products may run in TF32
 _HALF_TOLERANCE = 2e-2
 
@@ -40,7 +41,7 @@ def flash_takes(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, 
         and mask is None
         and width == value.shape[-1]
         and width % 8 == 0
-        and (width <= _WIDEST_ON_SMALL_GPUS or torch.cuda.get_device_capability(query.device)[1] == 0)
+        and (width <= _WIDEST_ELSEWHERE or torch.cuda.get_device_capability(query.device) in _LARGE_GPUS)
         and can_use_flash_attention(SDPAParams(query, key, value, None, 0.0, scoring.causal, True))
         and _agrees("flash", query.device, query.dtype, width, width)
     )

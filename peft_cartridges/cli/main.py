@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"cartridges {args.command}: error: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print(f"\ncartridges {args.command}: interrupted", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        print("; ".join(filter(None, (f"\ncartridges {args.command}: interrupted", str(stop)))), file=sys.stderr)
         return 130
     return 0

@@ -99,6 +99,11 @@ def run(args: argparse.Namespace) -> None:
         dataset = synthesizer.synthesize(documents, args.output_dir)
     except BackendError as error:
         raise OSError(str(error)) from error
+    except KeyboardInterrupt as stop:
+        if args.preview is not None or args.output_dir is None:
+            raise
+        message = f"finished conversations are kept in {args.output_dir}; the same command carries on"
+        raise KeyboardInterrupt(message) from stop
     if not Processes().is_main:
         return
     print(format_report(read_report(dataset)))

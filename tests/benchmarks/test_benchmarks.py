@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import capacity
 from tests.tiny_models import tiny_model, tiny_tokenizer
 
 ROOT = Path(__file__).parents[2]
@@ -38,3 +39,17 @@ def test_a_benchmark_prints_a_table_and_writes_its_figures(name: str, tmp_path: 
     (measured,) = record["results"].values()
     assert all("error" not in result for results in measured.values() for result in results), measured
     assert record["command"].startswith(f"python -m benchmarks.{name}")
+
+
+def test_capacity_finds_the_largest_batch_of_a_budget() -> None:
+    asked: list[int] = []
+
+    def fits(size: int) -> bool:
+        asked.append(size)
+        return size <= 100
+
+    assert 90 <= capacity._largest(fits, 4096) <= 100
+    assert len(asked) < 15
+    assert capacity._largest(fits, 64) == 64
+    assert capacity._largest(lambda size: size <= 3, 64) == 3
+    assert capacity._largest(lambda size: False, 64) == 0

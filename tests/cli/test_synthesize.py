@@ -130,6 +130,21 @@ def test_mistakes_are_one_line(
     assert f"cartridges synthesize: error: {message}" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("options", [["--output-dir", "run"], ["--preview", "1"]])
+def test_an_interrupted_run_says_how_it_is_carried_on(
+    options: list[str], corpus: str, model: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    for method in ("synthesize", "preview"):
+        monkeypatch.setattr(f"peft_cartridges.cli.synthesize.SelfStudySynthesizer.{method}", interrupted)
+    assert main(["synthesize", corpus, "--model", model, *options, *SMALL]) == 130
+    error = capsys.readouterr().err
+    assert "cartridges synthesize: interrupted" in error
+    assert ("kept in run; the same command carries on" in error) == ("run" in options)
+
+
 def test_a_missing_corpus_is_named(model: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["synthesize", "nowhere.md", "--model", model, "--preview", "1"]) == 1
     assert "There is no file or folder nowhere.md" in capsys.readouterr().err
