@@ -15,10 +15,18 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.backends.cuda import SDPAParams, can_use_efficient_attention, can_use_flash_attention
+from torch.backends.cuda import (
+    SDPAParams,
+    can_use_efficient_attention,
+    can_use_flash_attention,
+    flash_sdp_enabled,
+    mem_efficient_sdp_enabled,
+)
 from torch.nn.functional import pad
 
 from .plain_attention import Scoring, attend_plainly, attend_plainly_backward
+
+Kernel = Literal["flash", "efficient"]
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_backward
@@ -40,21 +48,14 @@ def flash_takes(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, 
         _is_candidate(query, key, value, scoring)
         and mask is None
         and width == value.shape[-1]
-        and width % 8 == 0
-        and (width <= _WIDEST_ELSEWHERE or torch.cuda.get_device_capability(query.device) in _LARGE_GPUS)
-        and can_use_flash_attention(SDPAParams(query, key, value, None, 0.0, scoring.causal, True))
-        and _agrees("flash", query.device, query.dtype, width, width)
+        and _is_usable("flash", query.device, query.dtype, width, width)
     )
 
 
-def efficient_takes(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scoring: Scoring) -> bool:
+def efficient_takes(query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> bool:
     """Whether memory-efficient attention computes this part; all have the same number of heads."""
-    return (
-        _is_candidate(query, key, value, scoring)
-        and can_use_efficient_attention(
-            SDPAParams(query, key, value, _aligned(mask, query, key), 0.0, scoring.causal, False)
-        )
-        and _agrees("efficient", query.device, query.dtype, query.shape[-1], value.shape[-1])
+    return _is_candidate(query, key, value, scoring) and _is_usable(
+        "efficient", query.device, query.dtype, query.shape[-1], value.shape[-1]
     )
 
 
@@ -106,7 +107,13 @@ def attend_efficient_backward(
 
 
 def _is_candidate(query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> bool:
-    return query.is_cuda and scoring.softcap is None and query.dtype == key.dtype == value.dtype
+    return (
+        query.is_cuda
+        and scoring.softcap is None
+        and query.dtype == key.dtype == value.dtype
+        and query.numel() > 0
+        and key.shape[2] > 0
+    )
 
 
 def _aligned(mask: Tensor | None, query: Tensor, key: Tensor) -> Tensor | None:
@@ -118,11 +125,17 @@ def _aligned(mask: Tensor | None, query: Tensor, key: Tensor) -> Tensor | None:
 
 
 @torch.compiler.assume_constant_result
+def _is_usable(kernel: Kernel, device: torch.device, dtype: torch.dtype, key_dim: int, value_dim: int) -> bool:
+    enabled = flash_sdp_enabled() if kernel == "flash" else mem_efficient_sdp_enabled()
+    return enabled and _agrees(kernel, device, dtype, key_dim, value_dim)
+
+
 @functools.cache
-def _agrees(
-    kernel: Literal["flash", "efficient"], device: torch.device, dtype: torch.dtype, key_dim: int, value_dim: int
-) -> bool:
-    """Whether a kernel gives what plain products give, forward and, with the log-sum-exp of a merge, backward."""
+def _agrees(kernel: Kernel, device: torch.device, dtype: torch.dtype, key_dim: int, value_dim: int) -> bool:
+    """Whether a kernel exists for this, and gives what plain products give: forward and, with the log-sum-exp of a merge,
+    backward."""
+    if not _exists(kernel, device, dtype, key_dim, value_dim):
+        return False
     try:
         with torch.no_grad(), torch.autocast(device.type, enabled=False):
             error = max(_error(kernel, causal, device, dtype, key_dim, value_dim) for causal in (False, True))
@@ -138,6 +151,15 @@ def _agrees(
         stacklevel=2,
     )
     return False
+
+
+def _exists(kernel: Kernel, device: torch.device, dtype: torch.dtype, key_dim: int, value_dim: int) -> bool:
+    query, key, value = (torch.empty(1, 1, 8, dim, device=device, dtype=dtype) for dim in (key_dim, key_dim, value_dim))
+    params = SDPAParams(query, key, value, None, 0.0, False, False)
+    if kernel == "efficient":
+        return can_use_efficient_attention(params)
+    large = key_dim <= _WIDEST_ELSEWHERE or torch.cuda.get_device_capability(device) in _LARGE_GPUS
+    return key_dim % 8 == 0 and large and can_use_flash_attention(params)
 
 
 def _error(kernel: str, causal: bool, device: torch.device, dtype: torch.dtype, key_dim: int, value_dim: int) -> float:

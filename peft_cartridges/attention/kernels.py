@@ -31,7 +31,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scori
     key, value = repeat_heads(key, groups), repeat_heads(value, groups)
     if _has_flash_cpu(query, key, value, scoring):
         return _flash_cpu(query, key, value, 0.0, scoring.causal, attn_mask=mask, scale=scoring.scale)
-    if fused_cuda.efficient_takes(query, key, value, mask, scoring):
+    if fused_cuda.efficient_takes(query, key, value, scoring):
         return fused_cuda.attend_efficient(query, key, value, mask, scoring)
     return attend_plainly(query, key, value, mask, scoring)
 
@@ -58,7 +58,7 @@ def attend_backward(
     parts = (grad, query, key, value, output, lse)
     if _has_flash_cpu(query, key, value, scoring):
         gradients = _flash_cpu_backward(*parts, 0.0, scoring.causal, attn_mask=mask, scale=scoring.scale)
-    elif fused_cuda.efficient_takes(query, key, value, mask, scoring):
+    elif fused_cuda.efficient_takes(query, key, value, scoring):
         gradients = fused_cuda.attend_efficient_backward(*parts, mask, scoring)
     else:
         gradients = attend_plainly_backward(*parts, mask, scoring)

@@ -62,9 +62,9 @@ def _assert_as_exact(tensors: list[Tensor], mask: Tensor | None, scoring: Scorin
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 2e-2), (torch.float16, 4e-3), (torch.float32, 1e-3)])
 def test_on_a_gpu(mask: str, width: int, dtype: torch.dtype, tolerance: float) -> None:
     tensors, padding, scoring = _problem(mask, dtype, "cuda", width)
-    kernel = fused_cuda.efficient_takes if dtype == torch.float32 else fused_cuda.flash_takes
-    prefix = [tensors[0], tensors[3][None].repeat_interleave(2, 1), tensors[4][None].repeat_interleave(2, 1)]
-    assert kernel(*prefix, None, Scoring(1.0))
+    assert fused_cuda._is_usable(
+        "efficient" if dtype == torch.float32 else "flash", tensors[0].device, dtype, width, width
+    )
     _assert_as_exact(tensors, padding, scoring, tolerance)
 
 
@@ -161,8 +161,7 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[_Kernels]:
             library.impl(f"_scaled_dot_product_{name}_attention_backward", getattr(stand_in, f"{name}_backward"), "CPU")
         half = (torch.float16, torch.bfloat16)
         monkeypatch.setattr(fused_cuda, "_is_candidate", lambda query, key, value, scoring: scoring.softcap is None)
-        monkeypatch.setattr(fused_cuda, "can_use_flash_attention", lambda params: params.query.dtype in half)
-        monkeypatch.setattr(fused_cuda, "can_use_efficient_attention", lambda params: True)
+        monkeypatch.setattr(fused_cuda, "_exists", lambda kernel, device, dtype, *_: kernel != "flash" or dtype in half)
         monkeypatch.setattr("peft_cartridges.attention.kernels._has_flash_cpu", lambda *_: False)
         monkeypatch.setattr("peft_cartridges.attention.kernels._tiles_pay", lambda *_: False)
         monkeypatch.setattr("peft_cartridges.attention.kernels._batches_pay", lambda *_: False)
@@ -180,6 +179,28 @@ def test_merged_from_fused_parts(kernels: _Kernels, mask: str, dtype: torch.dtyp
     prefix_kernel = "flash" if dtype == torch.bfloat16 else "efficient"
     rows_kernel = "efficient" if mask == "padding" else prefix_kernel
     assert kernels.calls == [rows_kernel, prefix_kernel, f"{rows_kernel} backward", f"{prefix_kernel} backward"]
+
+
+def test_kernels_are_chosen_in_a_compiled_graph(kernels: _Kernels) -> None:
+    tensors, _, scoring = _problem("causal", torch.bfloat16)
+    query, key, value, prefix_key, prefix_value = (tensor.detach() for tensor in tensors)
+
+    def attention(query: Tensor) -> Tensor:
+        return shared_prefix_attention(query, key, value, [PrefixPart(prefix_key, prefix_value)], scoring=scoring)
+
+    expected = attention(query)
+    compiled = torch.compile(attention, fullgraph=True, backend="eager")(query)
+    torch.testing.assert_close(compiled, expected)
+    assert kernels.calls[-2:] == ["flash", "flash"]
+
+
+def test_pytorchs_own_switches_hold(kernels: _Kernels) -> None:
+    torch.backends.cuda.enable_flash_sdp(False)
+    try:
+        _assert_as_exact(*_problem("causal", torch.bfloat16), 2e-2)
+    finally:
+        torch.backends.cuda.enable_flash_sdp(True)
+    assert set(kernels.calls) == {"efficient", "efficient backward"}
 
 
 def test_a_kernel_that_differs_is_left_aside_with_one_warning(kernels: _Kernels) -> None:
