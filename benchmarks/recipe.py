@@ -90,7 +90,9 @@ def _runs() -> list[Run]:
         Run("most_attended_1/5", "initialization", shrink=5),
     ]
     runs += [Run(f"lr_{rate:g}", "learning_rate", {"learning_rate": rate}) for rate in (0.01, 0.02, 0.08)]
-    runs += [Run(f"recitation_{share:g}", "recitation", {"recitation_share": share}) for share in (0.25, 0.5, 0.75, 1.0)]
+    runs += [
+        Run(f"recitation_{share:g}", "recitation", {"recitation_share": share}) for share in (0.25, 0.5, 0.75, 1.0)
+    ]
     runs += [
         Run(f"{corpus.split('_')[0]}_1/{shrink}", "sizes", {"max_steps": 60, "recitation_share": 0.75}, corpus, shrink)
         for corpus in CORPORA

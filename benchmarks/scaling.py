@@ -19,9 +19,9 @@ def main() -> None:
     parser = base_parser(__doc__)
     self_study.add_arguments(parser)
     parser.set_defaults(rounds=1)
-    parser.add_argument("--corpus-lengths", type=int, nargs="+", default=[1000, 2000, 4000])
-    parser.add_argument("--cartridge-lengths", type=int, nargs="+", default=[64, 256, 1024])
-    parser.add_argument("--numbers", type=int, nargs="+", default=[32, 64, 128])
+    parser.add_argument("--corpus-lengths", type=int, nargs="+", default=[4000, 1000, 2000])
+    parser.add_argument("--cartridge-lengths", type=int, nargs="+", default=[256, 64, 1024])
+    parser.add_argument("--numbers", type=int, nargs="+", default=[64, 32, 128])
     args = parser.parse_args()
     axes = {
         "document_tokens": args.corpus_lengths,
@@ -29,13 +29,16 @@ def main() -> None:
         "conversations": args.numbers,
     }
     first = {name: values[0] for name, values in axes.items()}
+    measured: dict[tuple[int, ...], dict[str, float | None]] = {}
     points: list[dict[str, Any]] = []
     for axis, values in axes.items():
-        for value in values:
-            settings = worker_settings(args, **{**first, axis: value})
-            measured = run_in_turns("benchmarks.self_study", ["ours"], settings, args.rounds)["ours"]
-            seconds = {part: median(measured, f"{part}_seconds") for part in ("synthesis", "training")}
-            points.append({"axis": axis, "value": value, **seconds})
+        for value in sorted(values):
+            chosen = {**first, axis: value}
+            if (key := tuple(chosen.values())) not in measured:
+                settings = worker_settings(args, **chosen)
+                rounds = run_in_turns("benchmarks.self_study", ["ours"], settings, args.rounds)["ours"]
+                measured[key] = {part: median(rounds, f"{part}_seconds") for part in ("synthesis", "training")}
+            points.append({"axis": axis, "value": value, **measured[key]})
     print_table(
         ["varied", "value", "synthesis, s", "training, s"],
         [[point["axis"], point["value"], point["synthesis"], point["training"]] for point in points],

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import random
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -41,8 +42,9 @@ def ours(settings: Settings) -> dict[str, Any]:
 
     from peft_cartridges import CartridgeConfig, SelfStudyConfig, SelfStudyTrainer
 
+    folder = tempfile.TemporaryDirectory()  # of its own: conversations of an earlier run would be taken up
     args = SelfStudyConfig(
-        output_dir="outputs/benchmark-self-study",
+        output_dir=folder.name,
         num_conversations=settings["conversations"],
         max_question_tokens=settings["answer_tokens"],
         max_answer_tokens=settings["answer_tokens"],
@@ -66,6 +68,7 @@ def ours(settings: Settings) -> dict[str, Any]:
     synthesized = time.perf_counter()
     trainer.train()
     end = time.perf_counter()
+    folder.cleanup()
     return {
         "seconds": end - start,
         "synthesis_seconds": synthesized - start,

@@ -166,33 +166,29 @@ def _error(kernel: str, causal: bool, device: torch.device, dtype: torch.dtype, 
     """The largest relative error of output, log-sum-exp and gradients."""
     generator = torch.Generator(device).manual_seed(0)
 
-    def random(heads: int, width: int) -> Tensor:
-        return torch.randn(2, heads, 72, width, generator=generator, device=device).to(dtype)
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, device=device).to(dtype)
 
-    heads = 2 if kernel == "flash" else 4
-    query, key, value, grad = random(4, key_dim), random(heads, key_dim), random(heads, value_dim), random(4, value_dim)
+    q_len, heads = 72, 4
+    kv_len, kv_heads = q_len if causal else 101, 2 if kernel == "flash" else heads
+    query, grad = random(2, heads, q_len, key_dim), random(2, heads, q_len, value_dim)
+    key, value = random(2, kv_heads, kv_len, key_dim), random(2, kv_heads, kv_len, value_dim)
+    mask = None if causal or kernel == "flash" else random(2, 1, q_len, kv_len)
     scoring = Scoring(key_dim**-0.5, causal=causal)
-    wide_query, wide_key, wide_value = (
-        tensor.float().repeat_interleave(4 // tensor.shape[1], 1) for tensor in (query, key, value)
-    )
-    output, lse = attend_plainly(wide_query, wide_key, wide_value, None, scoring)
-    merged = (output.to(dtype) / 2, lse + 1)
+    wide = [tensor.float().repeat_interleave(heads // tensor.shape[1], 1) for tensor in (query, key, value)]
+    output, lse = attend_plainly(wide[0], wide[1], wide[2], mask, scoring)
+    merged = (output.to(dtype) / 2, lse + 1)  # what a merge with another part could give
     gradients = attend_plainly_backward(
-        grad.float(), wide_query, wide_key, wide_value, merged[0].float(), merged[1], None, scoring
+        grad.float(), wide[0], wide[1], wide[2], merged[0].float(), merged[1], mask, scoring
     )
     exact = [output, lse]
     for gradient, like in zip(gradients, (query, key, value), strict=True):
         exact.append(gradient.unflatten(1, (like.shape[1], -1)).sum(2))
     if kernel == "flash":
-        found = [
-            *attend_flash(query, key, value, scoring),
-            *attend_flash_backward(grad, query, key, value, *merged, scoring),
-        ]
+        found = [*attend_flash(query, key, value, scoring)]
+        found += attend_flash_backward(grad, query, key, value, *merged, scoring)
     else:
-        mask = None if causal else torch.zeros(1, 1, 72, 72, device=device)
-        found = [
-            *attend_efficient(query, key, value, mask, scoring),
-            *attend_efficient_backward(grad, query, key, value, *merged, mask, scoring),
-        ]
+        found = [*attend_efficient(query, key, value, mask, scoring)]
+        found += attend_efficient_backward(grad, query, key, value, *merged, mask, scoring)
     errors = [((mine.float() - true).norm() / true.norm()) for mine, true in zip(found, exact, strict=True)]
     return max(error.item() for error in errors)

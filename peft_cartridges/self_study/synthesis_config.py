@@ -56,7 +56,7 @@ class SynthesisConfig:
         default=0.5,
         metadata={
             "help": "Share of conversations that ask for a passage of the chunk word for word (not in the paper). They "
-            "cost no generation and teach the text itself."
+            "cost no generation and teach the text itself, facts most of all; nothing but them harms free conversation."
         },
     )
     num_rounds: int = field(
