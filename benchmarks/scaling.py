@@ -60,9 +60,10 @@ def _plot(points: list[dict[str, Any]], path: Path) -> None:
         chosen = [point for point in points if point["axis"] == axis]
         for part in ("synthesis", "training"):
             axes.plot([point["value"] for point in chosen], [point[part] for point in chosen], marker="o", label=part)
-        axes.set(xlabel=names[axis], ylim=(0, None))
+        axes.set_xlabel(names[axis])
         axes.grid(alpha=0.3)
     figure.axes[0].set_ylabel("seconds")
+    figure.axes[0].set_ylim(bottom=0)  # of all three: they share it
     figure.axes[0].legend()
     figure.savefig(path, dpi=150)
     print(f"Plot in {path}")
