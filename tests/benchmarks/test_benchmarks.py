@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -22,23 +23,36 @@ COMMANDS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", COMMANDS)
-def test_a_benchmark_prints_a_table_and_writes_its_figures(name: str, tmp_path: Path) -> None:
+def _run(name: str, folder: Path, options: list[str]) -> tuple[str, dict[str, Any]]:
+    """What a benchmark of a tiny model prints, and the record that it writes."""
     model = tiny_model()
     model.resize_token_embeddings(10_000)  # the benchmarks draw ids of a vocabulary of ordinary size
-    model.save_pretrained(tmp_path / "model")
-    tiny_tokenizer().save_pretrained(tmp_path / "model")
-    output = tmp_path / "figures.json"
-    command = [sys.executable, "-m", f"benchmarks.{name}", "--model", str(tmp_path / "model"), "--rounds", "1"]
+    model.save_pretrained(folder / "model")
+    tiny_tokenizer().save_pretrained(folder / "model")
+    output = folder / "figures.json"
+    command = [sys.executable, "-m", f"benchmarks.{name}", "--model", str(folder / "model"), "--rounds", "1"]
     done = subprocess.run(
-        [*command, "--threads", "1", "--output", str(output), *COMMANDS[name]], cwd=ROOT, capture_output=True, text=True
+        [*command, "--threads", "1", "--output", str(output), *options], cwd=ROOT, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("| ")
-    record = json.loads(output.read_text())
+    return done.stdout, json.loads(output.read_text())
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_benchmark_prints_a_table_and_writes_its_figures(name: str, tmp_path: Path) -> None:
+    printed, record = _run(name, tmp_path, COMMANDS[name])
+    assert printed.startswith("| ")
     (measured,) = record["results"].values()
     assert all("error" not in result for results in measured.values() for result in results), measured
     assert record["command"].startswith(f"python -m benchmarks.{name}")
+
+
+def test_capacity_reports_the_largest_batch(tmp_path: Path) -> None:
+    options = ["--num-tokens", "8", "--systems", "ours", "--largest", "1", "--steps", "1"]
+    printed, record = _run("capacity", tmp_path, options)
+    assert record["results"]["largest"] == {"ours": 1}
+    assert record["results"]["tried"]["ours"]["1"] > 0
+    assert printed.startswith("| ") and "ours" in printed
 
 
 def test_capacity_finds_the_largest_batch_of_a_budget() -> None:
