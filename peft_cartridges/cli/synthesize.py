@@ -7,6 +7,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
+from ..hub.model_card import is_hub_name
 from ..self_study import (
     SelfStudySynthesizer,
     SynthesisConfig,
@@ -140,7 +141,10 @@ def _make_synthesizer(args: argparse.Namespace, settings: SynthesisConfig, token
 def _load_tokenizer(args: argparse.Namespace) -> Any:
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(args.tokenizer or args.model)
+    option, name = ("--tokenizer", args.tokenizer) if args.tokenizer else ("--model", args.model)
+    if not Path(name).exists() and not is_hub_name(name):
+        raise ValueError(f"{option}: {name!r} is neither a folder nor a name on the Hub (`user/name`).")
+    return AutoTokenizer.from_pretrained(name)
 
 
 def _hidden_size(args: argparse.Namespace, settings: SynthesisConfig) -> int | None:

@@ -121,6 +121,11 @@ def test_a_server_is_asked_and_its_death_is_one_line(
         (["--output-dir", "x", "--recitation-share", "2"], "`recitation_share` must be between 0 and 1, got 2.0."),
         ([], "--output-dir is missing"),
         (["--output-dir", "x", "--backend", "openai"], "--base-url is missing"),
+        (
+            ["--output-dir", "x", "--model", "./nowhere"],
+            "--model: './nowhere' is neither a folder nor a name on the Hub",
+        ),
+        (["--output-dir", "x", "--tokenizer", "./nowhere"], "--tokenizer: './nowhere' is neither a folder nor a name"),
     ],
 )
 def test_mistakes_are_one_line(
