@@ -5,9 +5,13 @@ ARGS ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check --no-input
+PIP_QUIETLY := pip --quiet --disable-pip-version-check --no-input
+PIP := $(BIN)/python -m $(PIP_QUIETLY)
 DEEPSPEED := 'deepspeed>=0.19,<0.20' einops hjson msgpack ninja py-cpuinfo
 STAMP := $(VENV)/.installed
+VLLM_VENV := .venv-vllm
+VLLM_BIN := $(VLLM_VENV)/bin
+VLLM_STAMP := $(VLLM_VENV)/.installed
 MODEL := .models/SmolLM2-135M-Instruct
 MODEL_FILE := $(MODEL)/model.safetensors
 
@@ -16,11 +20,11 @@ PYTHON_IS_NEW_ENOUGH := import sys; v = sys.version_info; sys.exit( \
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install model quickstart test lint format clean distclean
+.PHONY: help install model quickstart test test-vllm lint format clean distclean
 
 help: ## Show this list
 	@echo "Targets (PYTHON=... picks the interpreter, ARGS='...' goes to quickstart and test):"
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 install: $(STAMP) ## Make .venv with the pinned packages, this one (editable) and its tools
 
@@ -32,6 +36,10 @@ quickstart: $(MODEL_FILE) ## Run examples/quickstart.py
 test: $(MODEL_FILE) ## Run the tests, e.g. make test ARGS="-m 'not slow' -k attention"
 	@echo "==> pytest"
 	@$(BIN)/python -m pytest -q $(ARGS)
+
+test-vllm: $(VLLM_STAMP) ## Run the tests on a real vLLM, in an environment of its own (.venv-vllm)
+	@echo "==> pytest with vLLM"
+	@$(VLLM_BIN)/python -m pytest -q tests/serving $(ARGS)
 
 lint: $(STAMP) ## Check style, format and types
 	@echo "==> ruff check"
@@ -47,10 +55,10 @@ format: $(STAMP) ## Repair style and format
 
 clean: ## Remove caches and build output
 	@rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
-	@find . -path './$(VENV)' -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
+	@find . -path './.venv*' -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean ## Remove the environment and the model too
-	@rm -rf $(VENV) $(MODEL)
+	@rm -rf $(VENV) $(VLLM_VENV) $(MODEL)
 
 # The stamp is written last, so an install that broke off is taken up again.
 $(STAMP): pyproject.toml constraints.txt
@@ -64,6 +72,15 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(PIP) install -c constraints.txt -e '.[dev]'
 	@echo "==> installing DeepSpeed for its own test, apart: accelerate imports it wherever it finds it"
 	@$(PIP) install --target $(VENV)/deepspeed --no-deps $(DEEPSPEED) || echo "without DeepSpeed its test is skipped"
+	@touch $@
+
+# vLLM's environment: torch with what it asks for, the rest as it is pinned, then this package without its dependencies.
+$(VLLM_STAMP): constraints-vllm.txt
+	@$(PYTHON) -c '$(PYTHON_IS_NEW_ENOUGH)'
+	@$(VLLM_BIN)/python -m pip --version > /dev/null 2>&1 || { echo "==> making $(VLLM_VENV)"; $(PYTHON) -m venv $(VLLM_VENV); }
+	@echo "==> installing vLLM (a few minutes)"
+	@$(VLLM_BIN)/python -m $(PIP_QUIETLY) install "$$(grep '^torch==' constraints-vllm.txt)"
+	@$(VLLM_BIN)/python -m $(PIP_QUIETLY) install --no-deps -r constraints-vllm.txt -e .
 	@touch $@
 
 # The environment comes first, but a newer one is no reason to fetch the model again.

@@ -1,0 +1,129 @@
+"""`CartridgeLLM`: vLLM's offline engine with cartridges, for work in batches."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from vllm import LLM, RequestOutput, SamplingParams
+
+from .base_model import BaseModelFacts
+from .catalog import Catalog, Limits
+from .engine_requests import CartridgeAdapter, behind_cartridge, cache_salt, connector_config, without_placeholders
+from .store import CartridgeStore
+
+
+class CartridgeLLM(LLM):
+    """vLLM's `LLM`, whose `generate` and `chat` take a cartridge.
+
+    ```python
+    llm = CartridgeLLM("HuggingFaceTB/SmolLM2-135M-Instruct", cartridges={"handbook": "user/handbook"})
+    outputs = llm.chat(conversations, SamplingParams(max_tokens=64), cartridge="handbook")
+    ```
+
+    Args:
+        model: The base model, as `vllm.LLM` takes it.
+        cartridges: What to call them, and their folders or names on the Hub (`user/name@revision`). More can be
+            loaded later: `llm.cartridges.load(name, source)`; `a+b` names a composition.
+        host_bytes: How many bytes of cartridges each worker keeps in host memory.
+        store: A folder for checked copies of the cartridges; default: a temporary one.
+        engine_arguments: Of `vllm.LLM`.
+
+    Raises:
+        ValueError, FileNotFoundError, HubError: a cartridge is damaged, belongs to another base model, is too long or
+            not to be had.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        cartridges: Mapping[str, str | Path] | None = None,
+        *,
+        host_bytes: int = 4 << 30,
+        store: str | Path | None = None,
+        **engine_arguments: Any,
+    ) -> None:
+        if engine_arguments.get("kv_transfer_config") is not None:
+            raise ValueError("`kv_transfer_config` is taken by the cartridges: leave it out.")
+        base = BaseModelFacts(
+            model,
+            revision=engine_arguments.get("revision"),
+            trust_remote_code=engine_arguments.get("trust_remote_code", False),
+        )
+        if store is None:
+            self._temporary = tempfile.TemporaryDirectory(prefix="cartridges-")
+            store = self._temporary.name
+        checked = CartridgeStore(store)
+        self._alphabet = base.placeholder_alphabet()
+        super().__init__(
+            model, kv_transfer_config=connector_config(checked, self._alphabet, host_bytes), **engine_arguments
+        )
+        self.max_model_len: int = self.llm_engine.model_config.max_model_len
+        self.cartridges = Catalog(checked, base, Limits(num_tokens=self.max_model_len - 2))
+        self._lengths: dict[str, int] = {}
+        for name, source in (cartridges or {}).items():
+            path, _, revision = str(source).partition("@")
+            self.cartridges.load(name, path, revision=revision or None)
+
+    def generate(
+        self, prompts: Any, sampling_params: Any = None, *, cartridge: Any = None, **options: Any
+    ) -> list[RequestOutput]:
+        """As `vllm.LLM.generate`, behind `cartridge`: one name for all prompts, or one (or None) for each."""
+        if cartridge is not None:
+            options["lora_request"] = self._adapters(cartridge)
+        return self._restored(super().generate(prompts, sampling_params, **options))
+
+    def chat(
+        self, messages: Any, sampling_params: Any = None, *, cartridge: Any = None, **options: Any
+    ) -> list[RequestOutput]:
+        """As `vllm.LLM.chat`, behind `cartridge`: one name for all conversations, or one (or None) for each. The
+        cartridge's own chat template is used, unless `chat_template` is given."""
+        if cartridge is None:
+            return self._restored(super().chat(messages, sampling_params, **options))
+        adapters = self._adapters(cartridge)
+        templates = {self._template(one) for one in (adapters if isinstance(adapters, list) else [adapters])}
+        if len(templates) > 1 and "chat_template" not in options:
+            raise ValueError("These cartridges were trained behind different chat templates: call `chat` for each.")
+        template = templates.pop()
+        if template is not None:
+            options.setdefault("chat_template", template)
+        return self._restored(super().chat(messages, sampling_params, lora_request=adapters, **options))
+
+    def _add_request(self, prompt: Any, params: Any, lora_request: Any = None, priority: int = 0) -> str:
+        if not isinstance(lora_request, CartridgeAdapter) or not isinstance(params, SamplingParams):
+            return super()._add_request(prompt, params, lora_request=lora_request, priority=priority)
+        entry = self._entry(lora_request.lora_name)
+        prompt, params = behind_cartridge(
+            prompt,
+            params,
+            entry.stored,
+            name=entry.name,
+            alphabet=self._alphabet,
+            salt=cache_salt(b"", entry.stored.digest, prompt.get("cache_salt")),
+            max_model_len=self.max_model_len,
+        )
+        request_id = super()._add_request(prompt, params, priority=priority)
+        self._lengths[request_id.split("-")[0]] = entry.stored.num_tokens
+        return request_id
+
+    def _restored(self, outputs: list[RequestOutput]) -> list[RequestOutput]:
+        return [
+            without_placeholders(output, self._lengths.pop(output.request_id.split("-")[0], 0)) for output in outputs
+        ]
+
+    def _entry(self, name: str) -> Any:
+        entry = self.cartridges.find(name)
+        if entry is None:
+            known = ", ".join(one.name for one in self.cartridges.entries()) or "none"
+            raise ValueError(f"There is no cartridge {name!r}. There are: {known}.")
+        return entry
+
+    def _adapters(self, cartridge: str | Sequence[str | None]) -> Any:
+        if not isinstance(cartridge, str):
+            return [None if name is None else self._adapters(name) for name in cartridge]
+        return CartridgeAdapter(lora_name=cartridge, lora_int_id=1, lora_path=self._entry(cartridge).stored.digest)
+
+    def _template(self, adapter: CartridgeAdapter | None) -> str | None:
+        return None if adapter is None else self._entry(adapter.lora_name).chat_template
