@@ -15,6 +15,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "list": ("list", "List the cartridges on the Hub."),
     "pull": ("pull", "Fetch a cartridge from the Hub and check it."),
     "push": ("push", "Put a cartridge on the Hub, with its card."),
+    "serve": ("serve", "Serve cartridges by name, with an OpenAI-compatible API."),
     "synthesize": ("synthesize", "Write the self-study data set of a corpus, or preview it."),
 }
 
@@ -31,10 +32,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         command = commands.add_parser(name, help=help_line, description=help_line)
         if name in argv[:1]:
             importlib.import_module(f".{module_name}", __package__).add_arguments(command)
-    args = parser.parse_args(argv)
+    args, others = parser.parse_known_args(argv)
     module = importlib.import_module(f".{COMMANDS[args.command][0]}", __package__)
+    passes_on = getattr(module, "PASSES_ON", False)
+    if others and not passes_on:
+        parser.error(f"unrecognized arguments: {' '.join(others)}")
     try:
-        module.run(args)
+        module.run(args, others) if passes_on else module.run(args)
     except (ValueError, OSError) as error:
         print(f"cartridges {args.command}: error: {error}", file=sys.stderr)
         return 1

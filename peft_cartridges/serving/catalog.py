@@ -285,3 +285,11 @@ def _model_layers(config: CartridgeConfig) -> list[int] | None:
     if config.layer_shapes is None:
         return None
     return [index for index, shape in enumerate(config.layer_shapes) if shape is not None]
+
+
+def split_revision(source: str) -> tuple[str, str | None]:
+    """`user/name@revision` in two; a folder that is there stays whole."""
+    if Path(source).exists():
+        return source, None
+    name, _, revision = source.partition("@")
+    return name, revision or None

@@ -10,7 +10,7 @@ from typing import Any
 from vllm import LLM, RequestOutput, SamplingParams
 
 from .base_model import BaseModelFacts
-from .catalog import Catalog, Limits
+from .catalog import Catalog, Limits, split_revision
 from .engine_requests import CartridgeAdapter, behind_cartridge, cache_salt, connector_config, without_placeholders
 from .store import CartridgeStore
 
@@ -64,8 +64,8 @@ class CartridgeLLM(LLM):
         self.cartridges = Catalog(checked, base, Limits(num_tokens=self.max_model_len - 2))
         self._lengths: dict[str, int] = {}
         for name, source in (cartridges or {}).items():
-            path, _, revision = str(source).partition("@")
-            self.cartridges.load(name, path, revision=revision or None)
+            path, revision = split_revision(str(source))
+            self.cartridges.load(name, path, revision=revision)
 
     def generate(
         self, prompts: Any, sampling_params: Any = None, *, cartridge: Any = None, **options: Any
