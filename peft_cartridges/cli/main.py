@@ -11,6 +11,7 @@ from .. import __version__
 
 # Command -> (module beside this one, one line of help)
 COMMANDS: dict[str, tuple[str, str]] = {
+    "chat": ("chat", "Talk with a model behind a cartridge, here or on a server."),
     "compose": ("compose", "Join several cartridges into one."),
     "list": ("list", "List the cartridges on the Hub."),
     "pull": ("pull", "Fetch a cartridge from the Hub and check it."),

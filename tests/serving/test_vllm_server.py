@@ -29,7 +29,9 @@ TOKENIZER = tiny_tokenizer()
 
 
 def words(ids: list[int]) -> str:
-    return TOKENIZER.decode(ids, skip_special_tokens=True)
+    """What a server makes of an answer: it ends where the model ends it."""
+    end = ids.index(TOKENIZER.eos_token_id) if TOKENIZER.eos_token_id in ids else len(ids)
+    return TOKENIZER.decode(ids[:end], skip_special_tokens=True)
 
 
 class World:
@@ -101,12 +103,11 @@ def test_answers_are_those_of_transformers(world: World, model: str) -> None:
     assert (answer.model, answer.choices[0].message.content) == (model, words(tokens))
     assert answer.usage.prompt_tokens == 8
     found = [one.logprob for one in answer.choices[0].logprobs.content]
-    assert found == pytest.approx([float(logprobs[step, token]) for step, token in enumerate(tokens)], abs=2e-4)
+    expected = [float(logprobs[step, token]) for step, token in enumerate(tokens)]
+    assert found == pytest.approx(expected[: len(found)], abs=2e-4)
     stream = world.ask(model, stream=True)
     assert "".join(chunk.choices[0].delta.content or "" for chunk in stream) == words(tokens)
-    completion = world.client().completions.create(
-        model=model, prompt=words([10, 11, 12]), max_tokens=STEPS, temperature=0
-    )
+    completion = world.client().completions.create(model=model, prompt=[10, 11, 12], max_tokens=STEPS, temperature=0)
     assert completion.choices[0].text == words(
         answers(world.model(), world.cartridges.get(model), [10, 11, 12], STEPS)[0]
     )
@@ -136,7 +137,7 @@ def test_bad_input_is_answered_and_the_server_lives_on(world: World) -> None:
     for model, options in [
         ("b", {"messages": long}),
         ("b", {"messages": long, "stream": True}),
-        ("a+b+a+b+a", {}),  # longer than the context
+        ("c+c+c", {}),  # longer than the context
         ("b", {"extra_body": {"kv_transfer_params": {"cartridge": "0" * 64}}}),
         ("base", {"extra_body": {"kv_transfer_params": {"cartridge": "../../etc/passwd"}}}),
         ("b", {"extra_body": {"prompt_logprobs": 1}}),
