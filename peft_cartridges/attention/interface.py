@@ -1,13 +1,12 @@
-"""The attention function that transformers' modules call while a prefix is active.
+"""The attention function that transformers' modules call while a prefix is due to them.
 
-It is registered in transformers' `AttentionInterface` under `SHARED_PREFIX`. A module calls it when its `config` is
-one made by `with_shared_prefix`, and hands it the prefixes that came in as the keyword argument `PREFIX_ARGUMENT`;
-the masks are still made by the model, for the implementation that the user chose.
+It is registered in transformers' `AttentionInterface` under `SHARED_PREFIX`. The masks are still made by the model, for the
+implementation that the user chose; which prefixes are due, and where the tokens stand, is asked of the module's host
+(`delivery.py`).
 """
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -17,15 +16,12 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 from transformers import AttentionInterface
 
-from .layers import UnsupportedModelError
 from .masks import additive_mask, flash_mask
 from .plain_attention import Scoring
+from .probe import UnsupportedModelError, model_config
 from .shared_prefix_attention import PrefixPart, concatenated_attention, shared_prefix_attention
 
 SHARED_PREFIX = "shared_prefix"
-PREFIX_ARGUMENT = "layer_prefixes"
-# Where a configuration made by `with_shared_prefix` keeps the model's own, which says how masks are made.
-_MODEL_CONFIG = "_shared_prefix_model_config"
 
 AttentionPath = Literal["auto", "merged", "concatenated"]
 WindowReading = Literal["windowed", "pinned"]
@@ -36,7 +32,8 @@ class LayerPrefix:
     """A prefix as one attention layer gets it.
 
     Args:
-        key, value: `[num_key_value_heads, num_tokens, key_dim | value_dim]`.
+        key, value: `[num_key_value_heads, num_tokens, key_dim | value_dim]`, in the dtype of the queries; what is attended
+            to, where that is not what is cached.
         rows: Indices of the batch rows that see it; `None` means all.
         path: How attention to it is computed; `auto` merges where it can and concatenates where it must (dropout on
             attention weights, attention weights asked for).
@@ -49,16 +46,6 @@ class LayerPrefix:
     rows: Tensor | None = None
     path: AttentionPath = "auto"
     window: WindowReading = "windowed"
-
-
-def with_shared_prefix(config: Any) -> Any:
-    """A copy of a model's configuration for its attention modules, which makes them call `SHARED_PREFIX`."""
-    model_config = getattr(config, _MODEL_CONFIG, config)
-    config = copy.copy(config)
-    # The internal name: the property would also set it on sub-configurations, which the copy shares.
-    config._attn_implementation_internal = SHARED_PREFIX
-    setattr(config, _MODEL_CONFIG, model_config)
-    return config
 
 
 def shared_prefix_attention_forward(
@@ -78,8 +65,15 @@ def shared_prefix_attention_forward(
 ) -> tuple[Tensor, Tensor | None]:
     """As every function of transformers' `AttentionInterface`: query `[batch, num_heads, q_len, head_dim]`, key and
     value `[batch, num_key_value_heads, kv_len, head_dim]`; gives `[batch, q_len, num_heads, head_dim]` and weights."""
-    prefixes: Sequence[LayerPrefix] = kwargs.pop(PREFIX_ARGUMENT)
-    flash = "flash" in str(getattr(module.config, _MODEL_CONFIG)._attn_implementation)
+    place: Any = module._kv_prefix_place
+    host, layer, number = place
+    forward = host.current_forward()
+    prefixes = [part for due in forward.due for part in due.parts(layer, module, query)]
+    if not torch.compiler.is_compiling():
+        forward.taken.add(number)
+    if forward.positions is not None:
+        position_ids = forward.positions
+    flash = "flash" in str(model_config(module.config)._attn_implementation)
     if (paged_cache := kwargs.pop("cache", None)) is not None:  # continuous batching (`generate_batch`)
         if flash:
             raise UnsupportedModelError(
@@ -117,7 +111,7 @@ def shared_prefix_attention_forward(
         key, value = key[:, :, :q_len], value[:, :, :q_len]
     mask = additive_mask(attention_mask, query, key.shape[2])
     scoring = Scoring(query.shape[-1] ** -0.5 if scaling is None else scaling, softcap, causal)
-    parts = [_part(module, prefix, query, key, position_ids, sliding_window) for prefix in prefixes]
+    parts = [_part(prefix, query, key.shape[2], sliding_window, position_ids) for prefix in prefixes]
     _check_shapes(module, parts, key, value)
     paths = {prefix.path for prefix in prefixes}
     if "concatenated" in paths or dropout > 0 or kwargs.get("output_attentions"):
@@ -135,18 +129,12 @@ def shared_prefix_attention_forward(
 
 
 def _part(
-    module: nn.Module,
-    prefix: LayerPrefix,
-    query: Tensor,
-    key: Tensor,
-    position_ids: Tensor | None,
-    sliding_window: int | None,
+    prefix: LayerPrefix, query: Tensor, kv_len: int, sliding_window: int | None, positions: Tensor | None
 ) -> PrefixPart:
-    prefix_key, prefix_value = prefix.key.to(query.dtype), prefix.value.to(query.dtype)
-    num_tokens = prefix_key.shape[1]
-    if not sliding_window or prefix.window == "pinned" or num_tokens + key.shape[2] <= sliding_window:
-        return PrefixPart(*_expand(module, prefix_key, prefix_value), rows=prefix.rows)
-    if position_ids is None:
+    num_tokens = prefix.key.shape[1]
+    if not sliding_window or prefix.window == "pinned" or num_tokens + kv_len <= sliding_window:
+        return PrefixPart(prefix.key, prefix.value, rows=prefix.rows)
+    if positions is None:
         raise ValueError(
             "A sliding-window layer was called without `position_ids`, so it cannot tell which prefix tokens are still "
             'in its window. Read the prefix as `pinned` (`sliding_window="pinned"`).'
@@ -155,18 +143,16 @@ def _part(
     # i = num_tokens, all but the last sliding_window - 1 are out of sight.
     first = max(0, num_tokens - sliding_window + 1)
     # Models with several position axes tell the text's first; some drop the queries whose logits nobody asks for.
-    positions = (position_ids[0] if position_ids.ndim == 3 else position_ids)[..., -query.shape[2] :]
+    positions = (positions[0] if positions.ndim == 3 else positions)[..., -query.shape[2] :]
     positions = positions.expand(query.shape[0], -1) if prefix.rows is None else positions[prefix.rows]
     distance = positions[..., None] - torch.arange(first, num_tokens, device=positions.device)
     mask = torch.zeros(distance.shape, dtype=query.dtype, device=query.device)
     mask = mask.masked_fill(distance >= sliding_window, torch.finfo(query.dtype).min)
-    return PrefixPart(*_expand(module, prefix_key[:, first:], prefix_value[:, first:]), mask, prefix.rows)
+    return PrefixPart(prefix.key[:, first:], prefix.value[:, first:], mask, prefix.rows)
 
 
-def _expand(module: Any, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+def expand_tokens(module: Any, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
     """Latent attention (MLA) caches compressed keys and values, which the module expands to what is attended to."""
-    if not hasattr(module, "expand_kv"):
-        return key, value
     key, value = module.expand_kv(key[None], value[None])
     return key[0], value[0]
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from datasets import Dataset
 
-from ..attention.layers import get_text_config
+from ..attention.probe import get_text_config
 from ..chat import get_tokenizer
 from ..self_study.backends import TransformersBackend
 from ..self_study.run_identity import FORMAT, tokenizer_fingerprint

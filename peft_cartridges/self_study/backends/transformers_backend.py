@@ -11,7 +11,7 @@ import torch
 from peft import PeftModel
 
 from ...attention import shared_prefix
-from ...attention.layers import get_text_config
+from ...attention.probe import get_text_config
 from ...chat import get_tokenizer
 from ...hidden_states import OutputHead, predicting_states
 from ...kv_prefix import KVPrefix
