@@ -17,7 +17,7 @@ from accelerate.utils import extract_model_from_parallel
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
-from .attention import find_decoder
+from .attention import get_decoder
 
 
 @torch.no_grad()
@@ -35,7 +35,7 @@ def predicting_states(
     Returns:
         One tensor `[num_predicted[i], hidden_size]` per row, in the order of `rows`.
     """
-    decoder = find_decoder(model)
+    decoder = get_decoder(model)
     device = next(model.parameters()).device
     results: list[Tensor] = [torch.empty(0)] * len(rows)
     order = sorted(range(len(rows)), key=lambda index: len(rows[index]))
@@ -70,7 +70,7 @@ class OutputHead:
 
     def __init__(self, model: Any) -> None:
         self.model: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
-        self.decoder = find_decoder(self.model)
+        self.decoder = get_decoder(self.model)
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """Logits `[..., vocab_size]` of final hidden states `[..., hidden_size]`."""
@@ -106,7 +106,7 @@ def forward_hidden_states(model: nn.Module, **inputs: Any) -> Tensor:
         output.last_hidden_state = output.last_hidden_state[:1, -1:].contiguous()
         return output
 
-    handle = find_decoder(inner).register_forward_hook(keep_one)
+    handle = get_decoder(inner).register_forward_hook(keep_one)
     try:
         model(**inputs, **keep_last_logit(inner), use_cache=False)
     finally:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from ..kv_prefix import KVPrefix
 from .interface import SHARED_PREFIX, AttentionPath, LayerPrefix, WindowReading, expand_tokens
 from .positions import positions_behind
-from .probe import AttentionLayer, ConfigView, base_model, execution_device, find_attention_layers, find_decoder
+from .probe import AttentionLayer, ConfigView, base_model, execution_device, find_attention_layers, get_decoder
 
 _HOST = "_kv_prefix_host"
 
@@ -80,7 +80,7 @@ class PrefixHost:
 
     def __init__(self, model: Any, layers: Sequence[AttentionLayer]) -> None:
         self.layers = tuple(layers)
-        self.decoder = find_decoder(model)
+        self.decoder = get_decoder(model)
         self.parameters = list(inspect.signature(self.decoder.forward).parameters)
         self.sources: list[PrefixSource] = []
         # Contexts that are open anywhere, in whatever thread: what a compiled graph can depend on.
@@ -306,13 +306,13 @@ def prefix_host(model: nn.Module, *, skip_unsupported: bool = False) -> PrefixHo
     """
     model = base_model(model)
     layers = find_attention_layers(model, skip_unsupported=skip_unsupported)
-    host = find_decoder(model).__dict__.get(_HOST)
+    host = get_decoder(model).__dict__.get(_HOST)
     return PrefixHost(model, layers) if host is None else host
 
 
 def prefix_is_due(model: nn.Module) -> bool:
     """Whether a forward of `model` here and now would attend to a prefix: a cartridge, or an open `shared_prefix`."""
-    host = find_decoder(model).__dict__.get(_HOST)
+    host = get_decoder(model).__dict__.get(_HOST)
     return host is not None and host.is_due()
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
@@ -145,9 +145,32 @@ def find_attention_layers(model: nn.Module, *, skip_unsupported: bool = False) -
     return list(found.layers)
 
 
-def find_decoder(model: nn.Module) -> Any:
+def get_decoder(model: nn.Module) -> Any:
     """The module inside `model` that is given tokens and positions, and gives the final hidden states."""
     return probe(model).decoder
+
+
+def find_decoder(model: nn.Module, layers: Iterable[AttentionLayer]) -> tuple[str, nn.Module]:
+    """Name and module of the innermost model around `layers` that takes tokens and positions: decoder layers may take
+    positions too, but no tokens.
+
+    Raises:
+        UnsupportedModelError: no module around the layers takes `position_ids`.
+    """
+    names = [layer.name for layer in layers]
+    around = []
+    for name, module in model.named_modules():
+        inside = f"{name}." if name else ""
+        if all(layer.startswith(inside) for layer in names):
+            parameters = inspect.signature(module.forward).parameters
+            if "position_ids" in parameters and ("input_ids" in parameters or "inputs_embeds" in parameters):
+                around.append((name, module))
+    if not around:
+        raise UnsupportedModelError(
+            f"No module of {type(model).__name__} around its attention layers takes `position_ids`, which a prefix has "
+            "to shift (models with ALiBi or other relative biases are not supported)."
+        )
+    return max(around, key=lambda named: named[0].count(".") + bool(named[0]))
 
 
 def get_text_config(model: nn.Module) -> Any:
@@ -278,7 +301,7 @@ def _probe(model: Any) -> ProbedModel:
     left_out = _left_out(model, config, record, cache, layers)
     if not layers:
         raise UnsupportedModelError(left_out or f"{type(model).__name__} has no attention.")
-    return ProbedModel(_find_decoder(model, layers), tuple(layers), left_out)
+    return ProbedModel(find_decoder(model, layers)[1], tuple(layers), left_out)
 
 
 def _refuse_other_models(model: Any, config: Any) -> None:
@@ -440,21 +463,3 @@ def _left_out(
         + ", so they cannot hold a prefix of keys and values."
         + (" `CartridgeConfig(skip_unsupported_layers=True)` leaves them out." if layers else "")
     )
-
-
-def _find_decoder(model: Any, layers: list[AttentionLayer]) -> Any:
-    """The innermost module around all attention layers that takes tokens and positions: decoder layers may take
-    positions too, but no tokens."""
-    around = []
-    for name, module in model.named_modules():
-        inside = f"{name}." if name else ""
-        if all(layer.name.startswith(inside) for layer in layers):
-            parameters = inspect.signature(module.forward).parameters
-            if "position_ids" in parameters and ("input_ids" in parameters or "inputs_embeds" in parameters):
-                around.append((name.count(".") + bool(name), module))
-    if not around:
-        raise UnsupportedModelError(
-            f"No module of {type(model).__name__} around its attention layers takes `position_ids`, which a prefix has "
-            "to shift (models with ALiBi or other relative biases are not supported)."
-        )
-    return max(around, key=lambda ranked: ranked[0])[1]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..attention.delivery import shared_prefix
-from ..attention.probe import find_attention_layers, find_decoder
+from ..attention.probe import find_attention_layers, get_decoder
 from ..kv_prefix import KVPrefix, evaluating
 
 
@@ -30,7 +30,7 @@ def attention_received(model: nn.Module, prefix: KVPrefix, rows: Iterable[Sequen
         for layer, score in zip(layers, scores, strict=True):
             for module in layer.modules:
                 stack.callback(module.register_forward_hook(_Collect(score)).remove)
-        decoder = find_decoder(model)  # without the head: nobody asks for logits
+        decoder = get_decoder(model)  # without the head: nobody asks for logits
         device = next(model.parameters()).device
         for row in rows:
             decoder(input_ids=torch.tensor([list(row)], device=device), use_cache=False)

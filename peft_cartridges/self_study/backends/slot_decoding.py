@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import CacheLayerMixin
 
-from ...attention import find_attention_layers, find_decoder
+from ...attention import find_attention_layers, get_decoder
 from ...attention.probe import get_text_config
 from ...hidden_states import OutputHead, pad_right
 
@@ -98,7 +98,7 @@ class SlotDecoder:
 
     def __init__(self, model: Any, end_ids: set[int], *, slots: int) -> None:
         layers = find_attention_layers(model)
-        self.decoder = find_decoder(model)
+        self.decoder = get_decoder(model)
         self.num_layers = len(layers)
         self.head = OutputHead(model)
         self.config = get_text_config(model)
