@@ -3,4 +3,11 @@
 from .delivery import shared_prefix
 from .probe import AttentionLayer, UnsupportedModelError, find_attention_layers, find_decoder, get_decoder
 
-__all__ = ["AttentionLayer", "UnsupportedModelError", "find_attention_layers", "find_decoder", "get_decoder", "shared_prefix"]
+__all__ = [
+    "AttentionLayer",
+    "UnsupportedModelError",
+    "find_attention_layers",
+    "find_decoder",
+    "get_decoder",
+    "shared_prefix",
+]
