@@ -40,7 +40,7 @@ test-lowest: WANTED = sed -nE 's/^ *"((transformers|peft|trl)>=)([0-9.]+).*/\2==
 test-newest: WANTED = sed -nE 's/^ *"((transformers|peft|trl)>=[^"]*)".*/\1/p'
 test-lowest test-newest: test-%: $(MODEL_FILE)
 	@echo "==> installing the $* transformers, peft and trl that pyproject.toml admits, in $(VENV)-$*"
-	@$(BIN)/python -m venv --without-pip $(VENV)-$*
+	@test -x $(VENV)-$*/bin/python || $(BIN)/python -m venv --without-pip $(VENV)-$*
 	@$(BIN)/python -c 'import site; print("import site; site.addsitedir(%r)" % site.getsitepackages()[0])' \
 		> $$($(VENV)-$*/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/packages-of-venv.pth
 	@$(WANTED) pyproject.toml | xargs $(VENV)-$*/bin/python -m pip --quiet --no-input install --upgrade
