@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
@@ -38,8 +39,9 @@ class CartridgeLayer(nn.Module, BaseTunerLayer):
         self.model_config = base_layer.config
         self.kv_prefix_key = nn.ParameterDict()
         self.kv_prefix_value = nn.ParameterDict()
-        self.kv_prefix_frozen_key = nn.ParameterDict()
-        self.kv_prefix_frozen_value = nn.ParameterDict()
+        # Buffers, so that nothing that goes over parameters can make them learn.
+        self.kv_prefix_frozen_key = BufferDict(persistent=True)
+        self.kv_prefix_frozen_value = BufferDict(persistent=True)
         self.adapter_configs: dict[str, CartridgeConfig] = {}
         self.row_adapters: Sequence[str] | None = None
         # In the first layer: the hook that shifts the model's positions by `prefix_lengths`.
@@ -71,16 +73,10 @@ class CartridgeLayer(nn.Module, BaseTunerLayer):
         trainable = config.num_tokens - config.num_frozen_tokens
         for part, dim in zip(("key", "value"), dims, strict=True):
             frozen = torch.randn(heads, config.num_frozen_tokens, dim, **options) * 0.02
-            getattr(self, f"kv_prefix_frozen_{part}")[adapter_name] = nn.Parameter(frozen, requires_grad=False)
+            getattr(self, f"kv_prefix_frozen_{part}")[adapter_name] = frozen
             getattr(self, f"kv_prefix_{part}")[adapter_name] = nn.Parameter(
                 torch.randn(heads, trainable, dim, **options) * 0.02
             )
-
-    def freeze_sink(self, adapter_name: str) -> None:
-        """The adapter's first tokens are not to learn."""
-        for parameters in (self.kv_prefix_frozen_key, self.kv_prefix_frozen_value):
-            if adapter_name in parameters:
-                parameters[adapter_name].requires_grad_(False)
 
     def get_tokens(self, adapter_name: str) -> tuple[Tensor, Tensor]:
         """Keys and values of an adapter, frozen tokens first."""
@@ -134,6 +130,8 @@ class CartridgeLayer(nn.Module, BaseTunerLayer):
             "A cartridge is a KV cache, not a change of weights: it cannot be merged into the model. Use `unload()` to "
             "take it off."
         )
+
+    unmerge = merge
 
     def train(self, mode: bool = True) -> CartridgeLayer:
         self._inference_prefixes.clear()

@@ -129,11 +129,6 @@ class CartridgeModel(BaseTuner):
         layers = [module for module in self.model.modules() if _holds_cartridges(module)]
         return sorted(layers, key=lambda layer: layer.base_layer.layer_idx)
 
-    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
-        for layer in self.cartridge_layers():  # PEFT makes new parameters, all of which learn
-            layer.freeze_sink(adapter_name)
-
     def _unload_and_optionally_merge(  # type: ignore[override] # PEFT's says None, and returns the model too
         self, merge: bool = True, *args: Any, **kwargs: Any
     ) -> nn.Module:
