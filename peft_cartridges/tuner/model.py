@@ -147,21 +147,24 @@ class CartridgeModel(BaseTuner):
         return self.model
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
-        """Makes an adapter active, or several: a composition, their prefixes in that order.
+        """Makes an adapter active, or several: a composition, their prefixes in that order. A name given twice counts
+        once.
 
         Raises:
-            ValueError: no name is given, or the adapters read sliding windows differently.
+            ValueError: a name is not loaded, none is given, or the adapters read sliding windows differently.
         """
-        names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
-        if not names:
+        names = [adapter_name] if isinstance(adapter_name, str) else list(dict.fromkeys(adapter_name))
+        if not names and self.active_adapters:  # none is active once the last one is deleted
             raise ValueError("`adapter_name` is empty: name at least one adapter, or use `disable_adapter()` for none.")
+        for name in names:
+            self._check_adapter(name)
         readings = {self._config_of(name).sliding_window for name in names}
         if len(readings) > 1:
             raise ValueError(
                 f"The adapters {', '.join(names)} cannot be composed: their `sliding_window` differs "
                 f"({', '.join(sorted(readings))}). Set it to the same value in their configurations."
             )
-        super().set_adapter(adapter_name, inference_mode=inference_mode)
+        super().set_adapter(names, inference_mode=inference_mode)
 
     def _enable_adapter_layers(self, enabled: bool = True) -> None:
         # Not PEFT's own, which would also switch a LoRA in the same model.
@@ -233,7 +236,7 @@ class CartridgeModel(BaseTuner):
     def _check_adapter(self, adapter_name: str) -> None:
         if adapter_name not in self.peft_config:
             raise ValueError(
-                f"`adapter_name={adapter_name!r}` is not loaded; there are: {', '.join(self.peft_config)}."
+                f"`adapter_name={adapter_name!r}` is not loaded; there are: {', '.join(self.peft_config) or 'none'}."
             )
 
     # -- files: stock PEFT's format, see `file_format` ---------------------------------------------------------------
