@@ -14,7 +14,7 @@ from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from ..attention.layers import find_attention_layers, find_decoder
+from ..attention.layers import find_attention_layers, find_decoder, get_text_config
 from ..attention.positions import PositionShift
 from ..kv_prefix import KVPrefix
 from .config import LAYER_FORMAT, CartridgeConfig
@@ -65,6 +65,7 @@ class CartridgeModel(BaseTuner):
     # -- injection ---------------------------------------------------------------------------------------------------
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
+        peft_config.check_window(get_text_config(self.model))
         layers = find_attention_layers(self.model, skip_unsupported=peft_config.skip_unsupported_layers)
         shapes = [(layer.num_key_value_heads, layer.key_dim, layer.value_dim) for layer in layers]
         indices = [layer.layer_idx for layer in layers]
