@@ -55,20 +55,18 @@ class CartridgePeftModel(PeftModelForCausalLM):
             FileNotFoundError: there are no weights.
             ValueError: as of `CartridgeConfig.from_pretrained`, or the weights do not fit the adapter.
         """
-        subfolder = kwargs.get("subfolder") or ""
-        made_for_this = False
+        folder = Path(model_id, kwargs.get("subfolder") or "")
+        config = self.peft_config.get(adapter_name)
+        # By `PeftModel.from_pretrained`: the weights were checked with the configuration, and nobody else has this model.
+        made_for_this = getattr(config, "_read_from", None) == str(folder)
         try:
-            if adapter_name in self.peft_config:  # otherwise PEFT reads the configuration, which checks the weights
-                config = self.base_model._config_of(adapter_name)
-                made_for_this = config._read_from == str(Path(model_id, subfolder))
+            if config is not None and not made_for_this:  # for an adapter that is new, PEFT reads the configuration
                 CartridgeConfig.from_pretrained(model_id, **self._split_kwargs(dict(kwargs))[0])
-            folder = Path(model_id, subfolder)
-            if folder.is_dir() and not (folder / WEIGHTS_FILE).is_file():
-                # PEFT would look for the path on the Hub.
+            if folder.is_dir() and not (folder / WEIGHTS_FILE).is_file():  # PEFT would go on to look on the Hub
                 raise missing_weights(folder, (file.name for file in folder.iterdir()))
             result = super().load_adapter(model_id, adapter_name, *args, **kwargs)
         except Exception:
-            if made_for_this:  # by `PeftModel.from_pretrained`: nobody else has this model, but the base model's owner
+            if made_for_this:
                 self.base_model.unload()
             raise
         self.base_model._config_of(adapter_name)._read_from = None
