@@ -44,6 +44,9 @@ class CartridgePeftModel(PeftModelForCausalLM):
             ValueError: a name is not loaded, none is given, or the adapters read sliding windows differently.
         """
         names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
+        if unknown := [name for name in names if name not in self.peft_config]:
+            loaded = ", ".join(self.peft_config) or "none"
+            raise ValueError(f"Adapter {', '.join(unknown)} not found; there are: {loaded}.")
         self.base_model.set_adapter(names, inference_mode=inference_mode)
         if names:
             self.active_adapter = names[0]  # what PEFT looks a configuration up by; the tuner knows all of them
