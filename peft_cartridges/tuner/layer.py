@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
@@ -29,8 +30,9 @@ class CartridgeLayer(nn.Module, BaseTunerLayer):
         self.layer_idx = layer.layer_idx
         self.kv_prefix_key = nn.ParameterDict()
         self.kv_prefix_value = nn.ParameterDict()
-        self.kv_prefix_frozen_key = nn.ParameterDict()
-        self.kv_prefix_frozen_value = nn.ParameterDict()
+        # Buffers, so that nothing that goes over parameters can make them learn.
+        self.kv_prefix_frozen_key = BufferDict(persistent=True)
+        self.kv_prefix_frozen_value = BufferDict(persistent=True)
         self.adapter_configs: dict[str, CartridgeConfig] = {}
         self._active_adapter = []
 
@@ -54,16 +56,10 @@ class CartridgeLayer(nn.Module, BaseTunerLayer):
         trainable = config.num_tokens - config.num_frozen_tokens
         for part, dim in zip(("key", "value"), dims, strict=True):
             frozen = torch.randn(heads, config.num_frozen_tokens, dim, device=device, dtype=dtype) * 0.02
-            getattr(self, f"kv_prefix_frozen_{part}")[adapter_name] = nn.Parameter(frozen, requires_grad=False)
+            getattr(self, f"kv_prefix_frozen_{part}")[adapter_name] = frozen
             learns = torch.randn(heads, trainable, dim, device=device, dtype=dtype) * 0.02
             getattr(self, f"kv_prefix_{part}")[adapter_name] = nn.Parameter(learns)
         self.adapter_configs[adapter_name] = config
-
-    def freeze_sink(self, adapter_name: str) -> None:
-        """The adapter's first tokens are not to learn."""
-        for parameters in (self.kv_prefix_frozen_key, self.kv_prefix_frozen_value):
-            if adapter_name in parameters:
-                parameters[adapter_name].requires_grad_(False)
 
     def parameters_of(self, adapter_name: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """An adapter's frozen keys, trainable keys, frozen values and trainable values."""
@@ -98,6 +94,8 @@ class CartridgeLayer(nn.Module, BaseTunerLayer):
             "A cartridge is a KV cache, not a change of weights: it cannot be merged into the model. Use `unload()` to "
             "take it off."
         )
+
+    unmerge = merge
 
     def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[torch.device, torch.dtype]:
         # PEFT looks for `weight` on the wrapped module; an attention module has projections instead.

@@ -16,7 +16,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from ..attention.delivery import DuePrefix, prefix_host
-from ..attention.probe import find_attention_layers
+from ..attention.probe import find_attention_layers, get_text_config
 from ..kv_prefix import KVPrefix
 from .buffers import JoinedTokens
 from .config import LAYER_FORMAT, CartridgeConfig
@@ -73,6 +73,7 @@ class CartridgeModel(BaseTuner):
     # -- injection ---------------------------------------------------------------------------------------------------
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
+        peft_config.check_window(get_text_config(self.model))
         layers = find_attention_layers(self.model, skip_unsupported=peft_config.skip_unsupported_layers)
         shapes = [(layer.num_key_value_heads, layer.key_dim, layer.value_dim) for layer in layers]
         indices = [layer.layer_idx for layer in layers]
@@ -136,11 +137,6 @@ class CartridgeModel(BaseTuner):
         layers = [module for module in self.model.modules() if isinstance(module, CartridgeLayer)]
         return sorted(layers, key=lambda layer: layer.layer_idx)
 
-    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
-        for layer in self.cartridge_layers():  # PEFT makes new parameters, all of which learn
-            layer.freeze_sink(adapter_name)
-
     def _unload_and_optionally_merge(  # type: ignore[override] # PEFT's says None, and returns the model too
         self, merge: bool = True, *args: Any, **kwargs: Any
     ) -> nn.Module:
@@ -169,21 +165,24 @@ class CartridgeModel(BaseTuner):
             self.__dict__["_host"] = None
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
-        """Makes an adapter active, or several: a composition, their prefixes in that order.
+        """Makes an adapter active, or several: a composition, their prefixes in that order. A name given twice counts
+        once.
 
         Raises:
-            ValueError: no name is given, or the adapters read sliding windows differently.
+            ValueError: a name is not loaded, none is given, or the adapters read sliding windows differently.
         """
-        names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
-        if not names:
+        names = [adapter_name] if isinstance(adapter_name, str) else list(dict.fromkeys(adapter_name))
+        if not names and self.active_adapters:  # none is active once the last one is deleted
             raise ValueError("`adapter_name` is empty: name at least one adapter, or use `disable_adapter()` for none.")
+        for name in names:
+            self._check_adapter(name)
         readings = {self._config_of(name).sliding_window for name in names}
         if len(readings) > 1:
             raise ValueError(
                 f"The adapters {', '.join(names)} cannot be composed: their `sliding_window` differs "
                 f"({', '.join(sorted(readings))}). Set it to the same value in their configurations."
             )
-        super().set_adapter(adapter_name, inference_mode=inference_mode)
+        super().set_adapter(names, inference_mode=inference_mode)
 
     def _enable_adapter_layers(self, enabled: bool = True) -> None:
         # Not PEFT's own, which would also switch a LoRA in the same model.
@@ -292,7 +291,7 @@ class CartridgeModel(BaseTuner):
     def _check_adapter(self, adapter_name: str) -> None:
         if adapter_name not in self.peft_config:
             raise ValueError(
-                f"`adapter_name={adapter_name!r}` is not loaded; there are: {', '.join(self.peft_config)}."
+                f"`adapter_name={adapter_name!r}` is not loaded; there are: {', '.join(self.peft_config) or 'none'}."
             )
 
     # -- files: stock PEFT's format, see `file_format` ---------------------------------------------------------------
