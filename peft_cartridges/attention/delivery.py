@@ -334,7 +334,7 @@ class SharedPrefix:
             _check_prefix(prefix, self.host.layers)
             for layer, key, value in zip(self.host.layers, prefix.keys, prefix.values, strict=True):
                 device = execution_device(layer.module)
-                self._parts.append(LayerPrefix(key.to(device), value.to(device), None, attention, window))
+                self._parts.append(LayerPrefix(key.to(device), value.to(device), attention, window))
         self._state = "new"
         self._opener: FrameType | None = None
         self.threads: set[int] = set()
@@ -378,7 +378,7 @@ class SharedPrefix:
         key, value = (tensor.to(query.device, query.dtype) for tensor in (part.key, part.value))
         if self.host.layers[layer].expands:
             key, value = expand_tokens(module, key, value)
-        return (LayerPrefix(key, value, None, part.path, part.window),)
+        return (LayerPrefix(key, value, part.path, part.window),)
 
 
 def shared_prefix(

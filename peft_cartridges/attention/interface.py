@@ -19,7 +19,13 @@ from transformers import AttentionInterface
 from .masks import additive_mask, flash_mask
 from .plain_attention import Scoring
 from .probe import UnsupportedModelError, model_config
-from .shared_prefix_attention import PrefixPart, concatenated_attention, shared_prefix_attention
+from .shared_prefix_attention import (
+    Prefix,
+    PrefixPart,
+    RowPrefixes,
+    concatenated_attention,
+    shared_prefix_attention,
+)
 
 SHARED_PREFIX = "shared_prefix"
 
@@ -29,23 +35,26 @@ WindowReading = Literal["windowed", "pinned"]
 
 @dataclass(frozen=True)
 class LayerPrefix:
-    """A prefix as one attention layer gets it.
+    """A prefix as one attention layer gets it: one for all rows of a batch, or one for each.
 
     Args:
-        key, value: `[num_key_value_heads, num_tokens, key_dim | value_dim]`, in the dtype of the queries; what is attended
-            to, where that is not what is cached.
-        rows: Indices of the batch rows that see it; `None` means all.
+        key, value: `[num_key_value_heads, num_tokens, key_dim | value_dim]`, or `[num_prefixes, num_key_value_heads,
+            num_tokens, key_dim | value_dim]` where rows have prefixes of their own, the shorter ones padded with zeros; in
+            the dtype of the queries; what is attended to, where that is not what is cached.
         path: How attention to it is computed; `auto` merges where it can and concatenates where it must (dropout on
             attention weights, attention weights asked for).
         window: What a sliding-window layer makes of it: `windowed`, prefix tokens leave the window as any token does
             (what `past_key_values` would do); `pinned`, they stay visible for ever.
+        lengths: Of prefixes of rows, how many tokens each has, `[num_prefixes]`.
+        index: Of prefixes of rows, which each row has, `[batch]`, -1 for none; `None` where row i has prefix i.
     """
 
     key: Tensor
     value: Tensor
-    rows: Tensor | None = None
     path: AttentionPath = "auto"
     window: WindowReading = "windowed"
+    lengths: Tensor | None = None
+    index: Tensor | None = None
 
 
 def shared_prefix_attention_forward(
@@ -130,25 +139,30 @@ def shared_prefix_attention_forward(
 
 def _part(
     prefix: LayerPrefix, query: Tensor, kv_len: int, sliding_window: int | None, positions: Tensor | None
-) -> PrefixPart:
-    num_tokens = prefix.key.shape[1]
-    if not sliding_window or prefix.window == "pinned" or num_tokens + kv_len <= sliding_window:
-        return PrefixPart(prefix.key, prefix.value, rows=prefix.rows)
-    if positions is None:
-        raise ValueError(
-            "A sliding-window layer was called without `position_ids`, so it cannot tell which prefix tokens are still "
-            'in its window. Read the prefix as `pinned` (`sliding_window="pinned"`).'
+) -> Prefix:
+    of_rows = prefix.key.ndim == 4
+    num_tokens = prefix.key.shape[-2]
+    key, value, mask = prefix.key, prefix.value, None
+    if sliding_window and prefix.window == "windowed" and num_tokens + kv_len > sliding_window:
+        if positions is None:
+            raise ValueError(
+                "A sliding-window layer was called without `position_ids`, so it cannot tell which prefix tokens are "
+                'still in its window. Read the prefix as `pinned` (`sliding_window="pinned"`).'
+            )
+        # A prefix token j is seen from position i while i - j < sliding_window; from the first real token on, at
+        # i = num_tokens, all but the last sliding_window - 1 are out of sight.
+        first = 0 if of_rows else max(0, num_tokens - sliding_window + 1)
+        # Models with several position axes tell the text's first; some drop the queries whose logits nobody asks for.
+        positions = (positions[0] if positions.ndim == 3 else positions)[..., -query.shape[2] :]
+        distance = positions.expand(len(query), -1)[..., None] - torch.arange(
+            first, num_tokens, device=positions.device
         )
-    # A prefix token j is seen from position i while i - j < sliding_window; from the first real token on, at
-    # i = num_tokens, all but the last sliding_window - 1 are out of sight.
-    first = max(0, num_tokens - sliding_window + 1)
-    # Models with several position axes tell the text's first; some drop the queries whose logits nobody asks for.
-    positions = (positions[0] if positions.ndim == 3 else positions)[..., -query.shape[2] :]
-    positions = positions.expand(query.shape[0], -1) if prefix.rows is None else positions[prefix.rows]
-    distance = positions[..., None] - torch.arange(first, num_tokens, device=positions.device)
-    mask = torch.zeros(distance.shape, dtype=query.dtype, device=query.device)
-    mask = mask.masked_fill(distance >= sliding_window, torch.finfo(query.dtype).min)
-    return PrefixPart(prefix.key[:, first:], prefix.value[:, first:], mask, prefix.rows)
+        mask = torch.zeros(distance.shape, dtype=query.dtype, device=query.device)
+        mask = mask.masked_fill(distance >= sliding_window, torch.finfo(query.dtype).min)
+        key, value = key[..., first:, :], value[..., first:, :]
+    if of_rows:
+        return RowPrefixes(key, value, prefix.lengths, prefix.index, mask)
+    return PrefixPart(key, value, mask)
 
 
 def expand_tokens(module: Any, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
@@ -157,9 +171,9 @@ def expand_tokens(module: Any, key: Tensor, value: Tensor) -> tuple[Tensor, Tens
     return key[0], value[0]
 
 
-def _check_shapes(module: nn.Module, parts: Sequence[PrefixPart], key: Tensor, value: Tensor) -> None:
+def _check_shapes(module: nn.Module, parts: Sequence[Prefix], key: Tensor, value: Tensor) -> None:
     for part in parts:
-        have = (part.key.shape[0], part.key.shape[2], part.value.shape[2])
+        have = (part.key.shape[-3], part.key.shape[-1], part.value.shape[-1])
         want = (key.shape[1], key.shape[3], value.shape[3])
         if have != want:
             raise ValueError(

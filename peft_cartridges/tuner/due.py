@@ -12,6 +12,7 @@ from ..attention.interface import LayerPrefix
 from .buffers import JoinedTokens
 
 BASE_ROW = "__base__"
+_FEW = 8
 
 
 class Composition:
@@ -28,16 +29,18 @@ class Composition:
         self.num_tokens = joined.num_tokens()
 
     def parts(self, layer: int, module: Any, query: Tensor) -> Sequence[LayerPrefix]:
-        return (self.part(layer, module, query, None),)
-
-    def part(self, layer: int, module: Any, query: Tensor, rows: Tensor | None) -> LayerPrefix:
-        key, value = self.joined.get(layer, module, query.dtype, expand=self.expands[layer])
+        key, value = self.tokens(layer, module, query)
         config = self.joined.layers[layer].adapter_configs[self.joined.names[0]]
-        return LayerPrefix(key.to(query.device), value.to(query.device), rows, config.attention, config.sliding_window)
+        return (LayerPrefix(key, value, config.attention, config.sliding_window),)
+
+    def tokens(self, layer: int, module: Any, query: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values `[num_key_value_heads, num_tokens, dim]`."""
+        key, value = self.joined.get(layer, module, query.dtype, expand=self.expands[layer])
+        return key.to(query.device), value.to(query.device)
 
 
 class AdapterOfRows:
-    """An adapter for each row of a batch, or none (`"__base__"`).
+    """An adapter for each row of a batch, or none (`"__base__"`): one computation for all rows.
 
     Args:
         compositions: The adapters in use.
@@ -45,19 +48,52 @@ class AdapterOfRows:
     """
 
     def __init__(self, compositions: dict[str, Composition], names: Sequence[str]) -> None:
-        self.compositions = compositions
-        self.num_tokens = torch.tensor([compositions[n].num_tokens if n in compositions else 0 for n in names])
-        self._rows = {
-            name: torch.tensor([row for row, of_row in enumerate(names) if of_row == name]) for name in compositions
-        }
+        self.compositions = list(compositions.values())
+        lengths = [composition.num_tokens for composition in self.compositions]
+        place = {name: number for number, name in enumerate(compositions)}
+        index = [place.get(name, -1) for name in names]
+        self.num_tokens = torch.tensor([lengths[number] if number >= 0 else 0 for number in index])
+        self._index: Tensor | None = torch.tensor(index)
+        self._lengths: Tensor | None = torch.tensor(lengths)
+        # Attention picks among a few prefixes itself; of many, each row gets its own once, not at every step.
+        self._gathers = len(lengths) > _FEW and index != list(range(len(lengths)))
+        if self._gathers:
+            self._lengths = self.num_tokens
+        if self._gathers or index == list(range(len(lengths))):
+            self._rows, self._index = self._index, None
+        if len(set(self._lengths.tolist())) == 1:
+            self._lengths = None
+        self._kept: dict[tuple[int, torch.dtype, torch.device], Any] = {}
 
     def parts(self, layer: int, module: Any, query: Tensor) -> Sequence[LayerPrefix]:
+        where = (layer, query.dtype, query.device)
+        parameters, version, *tokens = self._kept.get(where, ((), -1))
+        if version != sum(parameter._version for parameter in parameters):
+            tokens = [*self._stack(layer, module, query)]
+            if not any(tensor.requires_grad or tensor.is_inference() for tensor in tokens):
+                parameters = [
+                    p for c in self.compositions for p in c.joined.layers[layer].parameters_of(c.joined.names[0])
+                ]
+                self._kept[where] = (parameters, sum(parameter._version for parameter in parameters), *tokens)
         if self.num_tokens.device != query.device:
             self.num_tokens = self.num_tokens.to(query.device)
-            self._rows = {name: rows.to(query.device) for name, rows in self._rows.items()}
-        return [
-            composition.part(layer, module, query, self._rows[name]) for name, composition in self.compositions.items()
-        ]
+            self._lengths, self._index = (t if t is None else t.to(query.device) for t in (self._lengths, self._index))
+        config = self.compositions[0].joined.layers[layer].adapter_configs[self.compositions[0].joined.names[0]]
+        return (LayerPrefix(*tokens, config.attention, config.sliding_window, self._lengths, self._index),)
+
+    def _stack(self, layer: int, module: Any, query: Tensor) -> tuple[Tensor, Tensor]:
+        keys, values = zip(*(c.tokens(layer, module, query) for c in self.compositions), strict=True)
+        key, value = _stacked(keys), _stacked(values)
+        if not self._gathers:
+            return key, value
+        rows = self._rows.clamp(min=0).to(query.device)
+        return key[rows], value[rows]
+
+
+def _stacked(tensors: Sequence[Tensor]) -> Tensor:
+    """`[num_prefixes, heads, longest, dim]` of tensors `[heads, num_tokens, dim]`."""
+    longest = max(tensor.shape[1] for tensor in tensors)
+    return torch.stack([torch.nn.functional.pad(tensor, (0, 0, 0, longest - tensor.shape[1])) for tensor in tensors])
 
 
 def adapters_of_rows(names: Sequence[str], batch_size: int) -> list[str]:
