@@ -103,7 +103,7 @@ class KVPrefix:
             processing_class: Its tokenizer or processor, or a `ChatCodec` with it.
             text: The document.
             chat_template: Whether the text stands in a system message of the tokenizer's chat template (as a user
-                would put a document in context) or as it is. Ignored where the tokenizer has no chat template.
+                would put a document in context; see `ChatCodec.encode_context`) or as it is. Ignored where the tokenizer has no chat template.
             max_tokens: Keep only this many first tokens (nothing after them is computed).
             prefill_chunk_size: Tokens per forward, so that activations stay flat however long the text is.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from peft_cartridges import SelfStudyTrainer
 from peft_cartridges.chat import ChatCodec
+from peft_cartridges.trainer.live_batch import LiveBatches, LiveTeacher
 from tests.tiny_models import tiny_model
 from tests.trainer.small_runs import TOKENIZER, losses, make_conversations, make_trainer
 
@@ -70,6 +72,27 @@ def test_on_policy_answers_are_the_students_own(tmp_path: Path, conversations: D
             likeliest = trainer.model(torch.tensor([row])).logits[0].argmax(-1)
         first = torch.nonzero(labels != -100)[0].item()
         assert likeliest[first - 1 : -1].tolist() == row[first:]
+
+
+def test_a_thinking_student_answers_at_once(tmp_path: Path, conversations: Dataset) -> None:
+    """The thought that its generation prompt opens is closed while it answers, and is not trained."""
+    trainer = make_trainer(tmp_path, dataset=conversations, on_policy_fraction=1.0)
+    thinking = copy.deepcopy(TOKENIZER)
+    thinking.chat_template = TOKENIZER.chat_template.replace("<assistant> {% endif", "<assistant> <think> {% endif")
+    live = LiveBatches(LiveTeacher(trainer.model, thinking), pad_token_id=0, on_policy_fraction=1.0)
+    asked: list[list[int]] = []
+    generate = live._backend.generate
+
+    def remember(prompts: Any, **options: Any) -> Any:
+        asked.extend(prompts)
+        return generate(prompts, **options)
+
+    live._backend.generate = remember  # type: ignore[method-assign]
+    after = live(trainer.data_collator([conversations[i] for i in range(6)]), "0")
+    closed = thinking("<think> </think>")["input_ids"]
+    for row, labels, prompt in zip(_rows(after), after["labels"], asked, strict=True):
+        trained = row[: torch.nonzero(labels != -100)[0]]
+        assert prompt == trained + closed and trained[-1] == thinking.convert_tokens_to_ids("<assistant>")
 
 
 def test_what_is_drawn_depends_on_the_seed_alone(tmp_path: Path, conversations: Dataset) -> None:
