@@ -14,7 +14,7 @@ from .tuner import CartridgeConfig, CartridgeModel
 
 if TYPE_CHECKING:
     from .attention import UnsupportedModelError, shared_prefix
-    from .cartridge_template import cartridge_chat_template
+    from .chat import ChatCodec, cartridge_chat_template
     from .evaluation import gold_answer_nll
     from .hub import (
         HubError,
@@ -40,7 +40,8 @@ _LAZY = {
     "SelfStudyTrainer": "trainer",
     "SynthesisConfig": "self_study",
     "UnsupportedModelError": "attention",
-    "cartridge_chat_template": "cartridge_template",
+    "ChatCodec": "chat",
+    "cartridge_chat_template": "chat",
     "check_base_model": "hub",
     "compose": "hub",
     "gold_answer_nll": "evaluation",
@@ -55,6 +56,7 @@ _LAZY = {
 __all__ = [
     "CartridgeConfig",
     "CartridgeModel",
+    "ChatCodec",
     "HubError",
     "KVPrefix",
     "SelfStudyConfig",

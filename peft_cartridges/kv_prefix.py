@@ -99,19 +99,19 @@ class KVPrefix:
 
         Args:
             model: A transformers causal LM (not a PEFT model with an active cartridge: disable it first).
-            processing_class: Its tokenizer or processor.
+            processing_class: Its tokenizer or processor, or a `ChatCodec` with it.
             text: The document.
             chat_template: Whether the text stands in a system message of the tokenizer's chat template (as a user
-                would put a document in context) or as it is. Ignored where the tokenizer has no chat template.
+                would put a document in context; see `ChatCodec.encode_context`) or as it is. Ignored where the tokenizer has no chat template.
             max_tokens: Keep only this many first tokens (nothing after them is computed).
             prefill_chunk_size: Tokens per forward, so that activations stay flat however long the text is.
 
         Raises:
             ValueError: `text` is empty.
         """
-        from .chat import encode_context  # knows chat templates, which this file does not
+        from .chat import ChatCodec  # a prefix knows no chat template: only this way of making one does
 
-        input_ids = encode_context(processing_class, text, chat_template=chat_template)
+        input_ids = ChatCodec.of(None, processing_class).encode_context(text, chat_template=chat_template)
         return cls.from_input_ids(model, input_ids[:max_tokens], prefill_chunk_size=prefill_chunk_size)
 
     @classmethod

@@ -79,7 +79,8 @@ class AdapterOfRows:
             self.num_tokens = self.num_tokens.to(query.device)
             self._lengths, self._index = (t if t is None else t.to(query.device) for t in (self._lengths, self._index))
         config = self.compositions[0].joined.layers[layer].adapter_configs[self.compositions[0].joined.names[0]]
-        return (LayerPrefix(*tokens, config.attention, config.sliding_window, self._lengths, self._index),)
+        key, value = tokens
+        return (LayerPrefix(key, value, config.attention, config.sliding_window, self._lengths, self._index),)
 
     def _stack(self, layer: int, module: Any, query: Tensor) -> tuple[Tensor, Tensor]:
         keys, values = zip(*(c.tokens(layer, module, query) for c in self.compositions), strict=True)

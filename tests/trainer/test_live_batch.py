@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,8 @@ from datasets import Dataset
 from torch import Tensor
 
 from peft_cartridges import SelfStudyTrainer
-from peft_cartridges.chat import encode_context, encode_preamble
-from peft_cartridges.self_study.conversation import encode_question
+from peft_cartridges.chat import ChatCodec
+from peft_cartridges.trainer.live_batch import LiveBatches, LiveTeacher
 from tests.tiny_models import tiny_model
 from tests.trainer.small_runs import TOKENIZER, losses, make_conversations, make_trainer
 
@@ -40,7 +41,7 @@ def _rows(batch: dict[str, Any]) -> list[list[int]]:
 
 @torch.no_grad()
 def _teacher_states(context: str, turns: list[int], count: int) -> Tensor:
-    ids = encode_context(TOKENIZER, context) + turns
+    ids = ChatCodec(None, TOKENIZER).encode_context(context) + turns
     return tiny_model().model(torch.tensor([ids])).last_hidden_state[0, -count - 1 : -1]
 
 
@@ -56,7 +57,7 @@ def test_the_student_answers_and_the_teacher_scores(tmp_path: Path, conversation
         row = conversations[index]
         prompt = row["input_ids"][: row["completion_mask"].index(1)]
         assert new[index][: len(prompt)] == prompt and len(new[index]) == len(prompt) + counts[index]
-        turns = new[index][len(encode_preamble(TOKENIZER)) :]
+        turns = new[index][len(ChatCodec(None, TOKENIZER).preamble) :]
         expected = _teacher_states(row["context"], turns, counts[index])
         torch.testing.assert_close(states[index], expected, atol=5e-3, rtol=5e-3)
     assert len(trainer._live.teacher._prefixes) == 1
@@ -71,6 +72,27 @@ def test_on_policy_answers_are_the_students_own(tmp_path: Path, conversations: D
             likeliest = trainer.model(torch.tensor([row])).logits[0].argmax(-1)
         first = torch.nonzero(labels != -100)[0].item()
         assert likeliest[first - 1 : -1].tolist() == row[first:]
+
+
+def test_a_thinking_student_answers_at_once(tmp_path: Path, conversations: Dataset) -> None:
+    """The thought that its generation prompt opens is closed while it answers, and is not trained."""
+    trainer = make_trainer(tmp_path, dataset=conversations, on_policy_fraction=1.0)
+    thinking = copy.deepcopy(TOKENIZER)
+    thinking.chat_template = TOKENIZER.chat_template.replace("<assistant> {% endif", "<assistant> <think> {% endif")
+    live = LiveBatches(LiveTeacher(trainer.model, thinking), pad_token_id=0, on_policy_fraction=1.0)
+    asked: list[list[int]] = []
+    generate = live._backend.generate
+
+    def remember(prompts: Any, **options: Any) -> Any:
+        asked.extend(prompts)
+        return generate(prompts, **options)
+
+    live._backend.generate = remember  # type: ignore[method-assign]
+    after = live(trainer.data_collator([conversations[i] for i in range(6)]), "0")
+    closed = thinking("<think> </think>")["input_ids"]
+    for row, labels, prompt in zip(_rows(after), after["labels"], asked, strict=True):
+        trained = row[: torch.nonzero(labels != -100)[0]]
+        assert prompt == trained + closed and trained[-1] == thinking.convert_tokens_to_ids("<assistant>")
 
 
 def test_what_is_drawn_depends_on_the_seed_alone(tmp_path: Path, conversations: Dataset) -> None:
@@ -102,7 +124,7 @@ def test_questions_with_a_weight_are_learned_too(tmp_path: Path, conversations: 
     total, weight = 0.0, 0.0
     for index in range(6):
         row = conversations[index]
-        start, first = len(encode_preamble(TOKENIZER)), row["completion_mask"].index(1)
+        start, first = len(ChatCodec(None, TOKENIZER).preamble), row["completion_mask"].index(1)
         learned = (after["labels"][index] != -100).nonzero().flatten().tolist()
         assert learned == list(range(start + 1, len(row["input_ids"])))
         teacher = _teacher_states(row["context"], row["input_ids"][start:], len(learned))
@@ -144,7 +166,7 @@ def test_system_prompts_stand_in_front_of_the_turns(tmp_path: Path) -> None:
     states = after["teacher_hidden_states"].float().split(counts)
     for index, row in enumerate(_rows(after)):
         answer = row[len(row) - counts[index] :]
-        turns = encode_question(TOKENIZER, dataset[index]["messages"][0]["content"]) + answer
+        turns = ChatCodec(None, TOKENIZER).encode_prompt([dataset[index]["messages"][0]["content"]]) + answer
         assert row[-len(turns) :] == turns
         expected = _teacher_states(dataset[index]["context"], turns, counts[index])
         torch.testing.assert_close(states[index], expected, atol=5e-3, rtol=5e-3)
