@@ -14,8 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# Stands where the mass cut-off leaves fewer than k tokens: as good as minus infinity, and safe in every float type.
-PADDED_LOGPROB = -1e4
+from ..objectives import PADDED_LOGPROB
 
 KINDS = ("hidden_states", "top_k")
 
