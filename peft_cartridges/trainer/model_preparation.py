@@ -62,6 +62,12 @@ def load_base_model(
         options.setdefault("device_map", {"": args.device})
     if args.shard_model:
         options.setdefault("distributed_config", {"fsdp_size": args.world_size})
+        if args.save_strategy != "no" and not args.save_only_model:
+            logger.warning(
+                "`shard_model=True`: checkpoints hold the cartridge and not the optimizer (`save_only_model=True`), "
+                "because transformers resumes no sharded model."
+            )
+            args.save_only_model = True
     tokenizer_options = {key: options[key] for key in ("revision", "trust_remote_code") if key in options}
     processing_class = processing_class or AutoTokenizer.from_pretrained(name, **tokenizer_options)
     return AutoModelForCausalLM.from_pretrained(name, **options), processing_class

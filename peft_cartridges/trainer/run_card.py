@@ -98,6 +98,7 @@ def _facts(trainer: SelfStudyTrainer, folder: str) -> CardFacts:
         metrics=_metrics(trainer),
         training_curve=FILE_NAME if (Path(folder) / FILE_NAME).is_file() else None,
         base_model=args.finetuned_from,
+        base_identity=trainer.base_identity,
         license=args.license,
         language=args.language or [],
         datasets=trainer.hub_datasets,

@@ -23,6 +23,7 @@ from trl.trainer.base_trainer import _BaseTrainer
 from ..cartridge_template import with_cartridge_chat_template
 from ..chat import get_tokenizer
 from ..hidden_states import OutputHead, forward_hidden_states
+from ..hub.base_model import identify_base_model
 from ..hub.errors import hub_errors
 from ..hub.push import refuse_public
 from ..initialization import initialize_cartridge
@@ -152,6 +153,8 @@ class SelfStudyTrainer(_BaseTrainer):
             check_base_name(peft_model, args)
         _check_data(train_dataset, eval_dataset, args, peft_model, processing_class, is_corpus=self.study is not None)
 
+        # Gathered by all processes; the card is written by one.
+        self.base_identity = identify_base_model(peft_model) if is_sharded(peft_model) else None
         # While it holds these values, nothing has been put into the cartridge.
         self._noise = sample_values(peft_model) if is_new else None
         self.average = MovingAverage(peft_model, args.ema_decay)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from torch.distributed.tensor import DTensor
 
 from ...attention import shared_prefix
 from ...attention.layers import get_text_config
@@ -60,6 +61,8 @@ class TransformersBackend:
         for name, parameter in model.state_dict().items():
             if "kv_prefix_" in name or "lora_" in name or parameter.device.type == "meta":
                 continue
+            if isinstance(parameter, DTensor):
+                parameter = parameter.full_tensor()
             step = parameter.numel() // _SIGNS | 1  # odd: not down one column of a matrix
             sample = parameter.detach().reshape(-1)[::step]
             if parameter.is_floating_point():
