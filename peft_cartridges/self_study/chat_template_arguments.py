@@ -36,8 +36,10 @@ class WithTemplateArguments:
         return self._wrapped.apply_chat_template(conversation, **{**self._arguments, **options})
 
 
-def parse_template_arguments(arguments: Mapping[str, Any] | str | None) -> dict[str, Any]:
-    """Arguments given as a mapping or as JSON.
+def parse_template_arguments(
+    arguments: Mapping[str, Any] | str | None, *, name: str = "chat_template_kwargs"
+) -> dict[str, Any]:
+    """Arguments given as a mapping or as JSON, `name` of a setting.
 
     Raises:
         ValueError: the text is not a JSON object.
@@ -46,7 +48,7 @@ def parse_template_arguments(arguments: Mapping[str, Any] | str | None) -> dict[
         try:
             arguments = json.loads(arguments)
         except json.JSONDecodeError as error:
-            raise ValueError(f"`chat_template_kwargs` is not JSON ({error}): {arguments!r}.") from None
+            raise ValueError(f"`{name}` is not JSON ({error}): {arguments!r}.") from None
     if arguments is not None and not isinstance(arguments, Mapping):
-        raise ValueError(f"`chat_template_kwargs` must be a mapping (a JSON object), got {arguments!r}.")
+        raise ValueError(f"`{name}` must be a mapping (a JSON object), got {arguments!r}.")
     return dict(arguments or {})

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..chat import encode_preamble, encode_turns, get_tokenizer, render_turns
-from .teacher_targets import TopK
+from ..conversations.targets import TopK
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from transformers.utils import logging
 from transformers.utils.hub import PushInProgress, hf_api
 
 from ..hub import push_cartridge
-from ..hub.errors import hub_errors
+from ..hub_errors import hub_errors
 from ..hub.pull import CARTRIDGE_FILES, IMAGE_FILE
 from ..hub.push import find_base_name, refuse_public
 from .checkpoints import CheckpointingTrainer
