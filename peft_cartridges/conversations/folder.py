@@ -15,7 +15,7 @@ import contextlib
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,6 +45,17 @@ class Part:
 
     def __str__(self) -> str:
         return f"part-{self.chunk:06d}-{self.first:05d}-{self.end:05d}"
+
+
+def cover(parts: Iterable[Part]) -> list[Part]:
+    """Of parts that may overlap (a set was extended while a smaller one was made), those that have every conversation
+    once, in order."""
+    chosen: list[Part] = []
+    for part in sorted(parts, key=lambda one: (one.chunk, one.first, -one.end)):
+        end = chosen[-1].end if chosen and chosen[-1].chunk == part.chunk else 0
+        if part.first == end:
+            chosen.append(part)
+    return chosen
 
 
 class ConversationFolder:

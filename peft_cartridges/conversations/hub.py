@@ -66,6 +66,7 @@ _COLUMNS = {
     "messages": "the conversation",
     "input_ids": "its token ids as the student sees them behind its cartridge",
     "completion_mask": "1 where a token is learned",
+    "turns_start": "where what the teacher sees too begins in `input_ids`, behind what stands in front without a text",
     "chunk_id": "the passage it is about, `document:start-end` in tokens",
     "context": "the text in the teacher's context",
     "seed_type": "what it began with",

@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 from datasets import Dataset, concatenate_datasets, load_from_disk
 from tqdm.auto import tqdm
 
-from .folder import MANIFEST, WRITTEN, ConversationFolder, Part
+from .folder import MANIFEST, WRITTEN, ConversationFolder, Part, cover
 from .provenance import FORMAT, describe, read_provenance
 from .rows import kind_of_targets, with_fast_targets
 from .targets import TARGETS
@@ -161,8 +161,8 @@ def _from_folder(folder: ConversationFolder, targets: str | None) -> Dataset:
     found = [stage for kind in wanted for stage in stages if stage == kind or stage.startswith(f"{kind}-")]
     if not found:
         raise ValueError(f"{folder.path} has no {targets!r} targets but {', '.join(stages)}: score it anew.")
-    parts = folder.parts(found[0])
-    behind = len(set(folder.parts(WRITTEN)) - set(parts))
+    parts = cover(folder.parts(found[0]))
+    behind = len(set(cover(folder.parts(WRITTEN))) - set(parts)) if found[0] != WRITTEN else 0
     if "report" not in manifest or behind:
         unscored = f", {behind} more are written and not scored" if behind else ""
         warnings.warn(
@@ -170,7 +170,11 @@ def _from_folder(folder: ConversationFolder, targets: str | None) -> Dataset:
             "command carries it on.",
             stacklevel=3,
         )
-    return describe(read_parts(folder, found[0], parts, manifest.get("left_out", {})), without_bulk(manifest))
+    dataset = read_parts(folder, found[0], parts, manifest.get("left_out", {}))
+    if found[0] == WRITTEN:  # what an engine gave along is no stage of its own
+        columns = [column for kind in TARGETS.values() for column in kind if column in dataset.column_names]
+        dataset = dataset.remove_columns(columns)
+    return describe(dataset, without_bulk(manifest))
 
 
 def without_bulk(manifest: Mapping[str, Any]) -> dict[str, Any]:

@@ -15,6 +15,7 @@ _COLUMNS = {
     "messages": List({"role": Value("string"), "content": Value("string")}),
     "input_ids": List(Value("int32")),
     "completion_mask": List(Value("int8")),
+    "turns_start": Value("int32"),
     "chunk_id": Value("string"),
     "context": Value("string"),
     "seed_type": Value("string"),

@@ -7,11 +7,8 @@ import re
 from collections.abc import Sequence
 from pathlib import PurePath
 
-# Latin, Arabic and Urdu sentences end with a mark and a space, Devanagari ones with a danda; Chinese and Japanese ones
-# end with a mark and no space. Quotation marks and brackets behind the mark belong to the sentence.
-_SENTENCE_END = re.compile(
-    r"(?<=[.!?…؟۔।])[\"'”’»)\]]*\s+|(?<=[。！？｡])[”’」』）]*(?![”’」』）])\s*|\n\s*\n"
-)
+from .sentences import sentence_ends
+
 _HEADING = re.compile(r"^(?:#{1,6}\s.*|.+\n(?:=+|-{3,})\s*)$", re.MULTILINE)
 _FENCE = re.compile(r"^(```|~~~).*?^\1", re.MULTILINE | re.DOTALL)
 _PARAGRAPH = re.compile(r"\n\s*\n")
@@ -22,13 +19,6 @@ MODES = ("tokens", "sentences", "sections", "files", "auto")
 
 _MARKDOWN = {".md", ".markdown", ".rst", ".html", ".htm"}
 _PROSE = {"", ".txt", ".pdf"}
-
-
-def split_sentences(text: str) -> list[str]:
-    """The sentences of a text, without the space around them; at least one."""
-    ends = [0, *(match.end() for match in _SENTENCE_END.finditer(text)), len(text)]
-    found = [text[start:end].strip() for start, end in zip(ends, ends[1:], strict=False)]
-    return [sentence for sentence in found if sentence] or [text.strip()]
 
 
 def resolve_mode(mode: str, document_id: str) -> str:
@@ -52,7 +42,7 @@ def find_borders(text: str, offsets: Sequence[tuple[int, int]], mode: str) -> li
     """
     if mode == "tokens":
         return []
-    sentences = [match.end() for match in _SENTENCE_END.finditer(text)]
+    sentences = sentence_ends(text)
     if mode == "sentences":
         kinds = [sentences]
     elif mode == "sections":

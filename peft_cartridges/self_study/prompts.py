@@ -10,11 +10,9 @@ conversation.
 
 from __future__ import annotations
 
-import itertools
 import random
-import re
 
-from ..corpus import split_sentences
+from ..corpus.sentences import count_words, first_words, last_words, split_sentences
 
 _FORMATS = ("JSON", "YAML", "a Markdown table", "a bulleted list", "a numbered outline", "a timeline")
 
@@ -100,11 +98,6 @@ _FILL = (
     "Fill the gap with the words of the text: “{cue} … {end}”",
 )
 
-# Kana, Han, Thai, Lao, Khmer, Burmese and full-width marks: written without spaces.
-_UNSPACED = re.compile(r"[\u3000-\u30ff\u3400-\u9fff\uf900-\ufaff\uff00-\uffef\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff]")
-_WORD = re.compile(rf"{_UNSPACED.pattern}|(?:(?!{_UNSPACED.pattern})\S)+")
-
-
 def draw_seed_prompt(seed_type: str, rng: random.Random, *, passage: str | None = None) -> str:
     """One phrasing of a type, about a passage of the chunk if one is given.
 
@@ -126,46 +119,23 @@ def check_seed_types(seed_types: list[str] | tuple[str, ...]) -> None:
 
 
 def draw_recitation(text: str, rng: random.Random, *, max_words: int = 60) -> tuple[str, str]:
-    """A request and its answer: up to `max_words` words of `text`, cut at sentences where there are any. The request
-    names what stands in front of the passage, or on both sides of it, or how it begins. In scripts without spaces a
-    character counts as a word."""
-    sentences = [" ".join(sentence.split()) for sentence in split_sentences(text)]
+    """A request and its answer: up to `max_words` words of `text` (characters, in scripts without spaces), cut at
+    sentences where there are any. The request names what stands in front of the passage, or on both sides of it, or how
+    it begins."""
+    sentences = split_sentences(text)
     first = rng.randrange(len(sentences))
     passage, last = sentences[first], first
     for sentence in sentences[first + 1 :]:
         if count_words(passage) + count_words(sentence) > max_words:
             break
-        passage, last = join_sentences(passage, sentence), last + 1
-    whole = count_words(passage) <= max_words
-    passage = first_words(passage, max_words)
+        passage, last = passage + sentence, last + 1
+    passage = " ".join(passage.split())
+    whole, passage = count_words(passage) <= max_words, first_words(passage, max_words)
     way = rng.random()
     if first > 0 and way < 0.5:
-        cue = last_words(sentences[first - 1], 12)
+        cue = last_words(" ".join(sentences[first - 1].split()), 12)
         if whole and last + 1 < len(sentences) and way < 0.15:
-            end = first_words(sentences[last + 1], 12)
+            end = first_words(" ".join(sentences[last + 1].split()), 12)
             return rng.choice(_FILL).format(cue=cue, end=end), passage
         return rng.choice(_CONTINUE).format(cue=cue), passage
-    cue = first_words(passage, min(5, max(1, count_words(passage) - 1)))
-    return rng.choice(_QUOTE).format(cue=cue), passage
-
-
-def count_words(text: str) -> int:
-    """Words, and characters of scripts without spaces."""
-    return sum(1 for _ in _WORD.finditer(text))
-
-
-def first_words(text: str, number: int) -> str:
-    """The first so many words of a text, with the space and the marks between them."""
-    spans = list(itertools.islice(_WORD.finditer(text), number + 1))
-    return text if len(spans) <= number else text[: spans[number - 1].end()]
-
-
-def last_words(text: str, number: int) -> str:
-    """The last so many words of a text."""
-    spans = list(_WORD.finditer(text))
-    return text if len(spans) <= number else text[spans[-number].start() :]
-
-
-def join_sentences(one: str, other: str) -> str:
-    """Two sentences, with a space between them where their script has spaces."""
-    return f"{one}{other}" if _UNSPACED.match(one[-1:]) else f"{one} {other}"
+    return rng.choice(_QUOTE).format(cue=first_words(passage, 5)), passage

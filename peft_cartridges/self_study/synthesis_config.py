@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
-from ..corpus.borders import MODES
+from ..chat.codec import THOUGHTS, parse_template_kwargs
 from ..conversations.targets import TARGETS
-from .chat_template_arguments import parse_template_arguments
+from ..corpus.borders import MODES
 from .engines import ENGINES
 from .prompts import PAPER_TYPES, check_seed_types
 from .quality import DEFAULT_FILTERS, check_filters
@@ -90,6 +91,12 @@ class SynthesisConfig:
         "Further arguments of the chat template, as JSON: thinking modes and tools, e.g. `{\"enable_thinking\": false}`. "
         "Use the same when you talk to the cartridge.",
         None,
+    )
+    thoughts: str = _decides(
+        "What becomes of a thinking model's thoughts: `skip` (it asks and answers at once), `drop` (it thinks, and the "
+        "answer is learned without the thought; give answers more tokens then) or `learn` (the thought is learned as a "
+        "part of the answer). `chat_template_kwargs` that turn thinking on make `skip` a `drop`.",
+        "skip",
     )
     default_system_prompt: bool = _decides(
         "Whether the student's conversations begin with what the chat template puts in front of one that has no system "
@@ -207,14 +214,20 @@ class SynthesisConfig:
                 raise ValueError(f"`{name}` must not be negative, got {getattr(self, name)}.")
         if self.oversampling < 1:
             raise ValueError(f"`oversampling` must be at least 1, got {self.oversampling}.")
-        for name, choices in (("chunking", MODES), ("teacher_targets", TARGETS), ("engine", ENGINES)):
+        for name, choices in (("chunking", MODES), ("teacher_targets", TARGETS), ("engine", ENGINES), ("thoughts", THOUGHTS)):
             if getattr(self, name) not in choices:
                 raise ValueError(f"`{name}` is {getattr(self, name)!r}; there are: {', '.join(choices)}.")
         for name in ("seed_prompts", "system_prompts"):
             if any(not isinstance(prompt, str) or not prompt.strip() for prompt in getattr(self, name)):
                 raise ValueError(f"`{name}` has an empty prompt.")
-        parse_template_arguments(self.chat_template_kwargs)
-        self.engine_options = parse_template_arguments(self.engine_options, name="engine_options") or None
+        parse_template_kwargs(self.chat_template_kwargs)
+        if isinstance(self.engine_options, str):
+            try:
+                self.engine_options = json.loads(self.engine_options)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"`engine_options` is not JSON ({error}): {self.engine_options!r}.") from None
+        if not isinstance(self.engine_options or {}, dict):
+            raise ValueError(f"`engine_options` must be a mapping (a JSON object), got {self.engine_options!r}.")
         if self.engine == "openai" and not self.base_url:
             raise ValueError("`base_url` is missing: with `engine=\"openai\"` say where the servers are.")
         check_seed_types(self.seed_types)

@@ -11,7 +11,7 @@ from typing import Any
 from datasets import Dataset
 
 from peft_cartridges import SelfStudySynthesizer, SynthesisConfig
-from peft_cartridges.self_study.chunk_study import ChunkStudy
+from peft_cartridges.self_study.part_study import PartStudy
 from tests.tiny_models import tiny_model, tiny_tokenizer
 
 TEXT = " ".join(f"the captain of w{number} says no . the sea is w{number + 1} ." for number in range(50, 110))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass
 
 from ...conversations.targets import TopK
@@ -76,7 +76,7 @@ class Engine(ABC):
     model_name: str
     fingerprint: str = ""
     max_length: int | None = None
-    end_ids: set[int]
+    end_ids: Set[int]
     one_context = False
     gives_top_k = False
     hopeless: str | None = None

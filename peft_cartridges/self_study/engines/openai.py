@@ -12,9 +12,8 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from ...chat import get_tokenizer
+from ...chat import ChatCodec, get_tokenizer
 from ...conversations.targets import top_k_of_tables
-from ..conversation import end_of_turn_ids
 from .engine import Engine, EngineError, Generation, Outcome, Request
 
 _FIRST_WAIT, _LONGEST_WAIT = 0.5, 30.0  # seconds
@@ -80,7 +79,7 @@ class OpenAIEngine(Engine):
         self._tokens = ServerTokens(processing_class)
         self.model_name, self.base_url = model, base_url
         self.max_length = max_length
-        self.end_ids = end_of_turn_ids(processing_class)
+        self.end_ids = ChatCodec.of(None, processing_class).end_ids
         self.k, self.gives_top_k = top_k, top_k > 0
         self.concurrency, self.max_retries = concurrency, max_retries
         self.token_ids, self.text_prompts = token_ids, text_prompts

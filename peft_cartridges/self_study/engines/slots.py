@@ -7,7 +7,7 @@ rows need: a finished row's slot is filled by the last row, and the batch is a v
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -123,7 +123,7 @@ class SlotDecoder:
         slots: Rows decoded together.
     """
 
-    def __init__(self, model: Any, end_ids: set[int], *, slots: int) -> None:
+    def __init__(self, model: Any, end_ids: Set[int], *, slots: int) -> None:
         self.head = OutputHead(model)
         self.decoder = self.head.decoder
         self.config = model.config.get_text_config(decoder=True)

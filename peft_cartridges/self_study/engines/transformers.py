@@ -5,17 +5,16 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections import OrderedDict, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from typing import Any
 
 import torch
 from peft import PeftModel
 
 from ...attention import shared_prefix
-from ...chat import get_tokenizer
+from ...chat import ChatCodec
 from ...kv_prefix import KVPrefix
 from ...model_identity import model_fingerprint
-from ..conversation import end_of_turn_ids
 from .engine import Engine, Generation, Outcome, Request
 from .slots import SlotDecoder, can_decode_in_slots
 
@@ -65,7 +64,7 @@ class TransformersEngine(Engine):
 
     Args:
         model: The causal LM, or a PEFT model around one (its adapter is disabled meanwhile).
-        processing_class: Its tokenizer or processor.
+        processing_class: Its tokenizer or processor, or a `ChatCodec` with it.
         batch_size: Rows decoded together.
         refill: Whether a finished row's place is taken by the next prompt (`SlotDecoder`); otherwise, and where the
             model's attention implementation has no mask per row, batches run by `model.generate` to their longest row.
@@ -86,9 +85,10 @@ class TransformersEngine(Engine):
         self.model = model
         self.batch_size = batch_size
         self.prefixes = prefixes or ContextPrefixes(model)
-        self.end_ids = end_of_turn_ids(processing_class, model)
-        pad = get_tokenizer(processing_class).pad_token_id
-        self._pad = next(iter(self.end_ids)) if pad is None else pad
+        codec = ChatCodec.of(model, processing_class)
+        self.end_ids = codec.end_ids
+        pad = codec.tokenizer.pad_token_id
+        self._pad = min(self.end_ids) if pad is None else pad
         config = model.config.get_text_config(decoder=True)
         self.max_length = getattr(config, "max_position_embeddings", None)
         self.model_name = str(getattr(model.config, "_name_or_path", "") or type(model).__name__)
@@ -182,5 +182,5 @@ class TransformersEngine(Engine):
         return [Outcome(request, Generation(row)) for request, row in zip(batch, rows, strict=True)]
 
 
-def _cut(tokens: list[int], ends: set[int]) -> list[int]:
+def _cut(tokens: list[int], ends: Set[int]) -> list[int]:
     return next((tokens[: place + 1] for place, token in enumerate(tokens) if token in ends), tokens)

@@ -8,8 +8,8 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from ...chat import ChatCodec
 from ...conversations.targets import top_k_of_tables
-from ..conversation import end_of_turn_ids
 from .engine import Engine, Generation, Outcome, Request
 
 
@@ -18,7 +18,7 @@ class VLLMEngine(Engine):
 
     Args:
         model: Name or path of the model, or a `vllm.LLM` (made with `max_logprobs` of at least `top_k`).
-        processing_class: Its tokenizer or processor.
+        processing_class: Its tokenizer or processor, or a `ChatCodec` with it.
         top_k: Log-probabilities to ask for per position; 0 for none.
         engine_options: Arguments of `vllm.LLM`, where `model` is a name (`tensor_parallel_size` and others).
 
@@ -40,7 +40,7 @@ class VLLMEngine(Engine):
         self.llm = model
         config = model.llm_engine.model_config
         self.model_name, self.max_length = str(config.model), config.max_model_len
-        self.end_ids = end_of_turn_ids(processing_class)
+        self.end_ids = ChatCodec.of(None, processing_class).end_ids
         self.k, self.gives_top_k = top_k, top_k > 0
         # A few more than run at a time wait inside the engine, so that it never waits for us.
         self._most = 2 * model.llm_engine.vllm_config.scheduler_config.max_num_seqs
