@@ -151,7 +151,9 @@ class ConversationFolder:
         try:
             return json.loads(path.read_text())
         except (json.JSONDecodeError, OSError) as error:
-            raise ValueError(f"{path} is damaged ({error}): delete {path.with_suffix('.arrow')}, and run again.") from None
+            raise ValueError(
+                f"{path} is damaged ({error}): delete {path.with_suffix('.arrow')}, and run again."
+            ) from None
 
     @contextlib.contextmanager
     def claimed(self, stage: str, part: Part) -> Iterator[bool]:

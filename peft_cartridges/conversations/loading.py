@@ -212,8 +212,8 @@ def _merged(provenances: Sequence[Mapping[str, Any]], kept: int) -> dict[str, An
             "characters": sum(corpus["characters"] for corpus in corpora),
             "sha256": digest,
         }
-    reports = [found.get("report") for found in provenances]
-    if all(reports):
+    reports = [found["report"] for found in provenances if found.get("report")]
+    if len(reports) == len(provenances):
         dropped: Counter[str] = Counter()
         for report in reports:
             dropped.update(report["dropped"])

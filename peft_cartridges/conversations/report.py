@@ -49,7 +49,12 @@ def make_report(reports: Iterable[Mapping[str, Any]], lengths: Mapping[str, int]
         "chunks": len({r["chunk"]["id"] for r in reports}),
         "coverage": {name: found.to_dict() for name, found in measure_coverage(chunks, lengths).items()},
         "per_chunk": [
-            {**r["chunk"], "made": r["made"], "kept": r["kept"], "dropped": dict(sorted((+Counter(r["dropped"])).items()))}
+            {
+                **r["chunk"],
+                "made": r["made"],
+                "kept": r["kept"],
+                "dropped": dict(sorted((+Counter(r["dropped"])).items())),
+            }
             for r in reports
         ],
     }

@@ -229,7 +229,11 @@ class Chunker:
     def _text(self, document: _Spooled, start: int, end: int) -> str:
         first = int(self._spool.read(document.spans, np.int64, 1, 2 * start)[0])
         last = int(self._spool.read(document.spans, np.int64, 1, 2 * (end - 1) + 1)[0])
-        return self._spool.read(document.text, np.uint32, last - first, first).tobytes().decode("utf-32-le", "surrogatepass")
+        return (
+            self._spool.read(document.text, np.uint32, last - first, first)
+            .tobytes()
+            .decode("utf-32-le", "surrogatepass")
+        )
 
 
 def chunk_corpus(

@@ -60,10 +60,10 @@ def load_corpus(
     found = itertools.chain.from_iterable(
         _load(str(one), split, text_column, streaming, description, tuple(exclude)) for one in sources
     )
-    found = itertools.islice(found, max_documents)
+    some = itertools.islice(found, max_documents)
     if streaming:
-        return iter_documents(found)
-    documents = list(found)
+        return iter_documents(some)
+    documents = list(some)
     if not documents:
         raise ValueError(f"No text was found in {', '.join(map(str, sources))}: is the folder empty, or all excluded?")
     return as_documents(documents)

@@ -96,11 +96,13 @@ class Dialogue:
             try:
                 prompt, longest = self.codec.encode_prompt(self._questions, self._answers), self.args.max_answer_tokens
             except ValueError:
-                return self._lose("not_renderable")
+                self._lose("not_renderable")
+                return None
             temperature, side = self.args.answer_temperature, "answer"
             self._prompts.append(prompt)
         if self.window is not None and len(self.context) + len(prompt) + longest > self.window:
-            return self._lose("too_long")
+            self._lose("too_long")
+            return None
         seed = random.Random(f"{self.plan.seed}/{round_number}/{side}").getrandbits(62)
         return Request(self.context, prompt, longest, temperature, seed)
 

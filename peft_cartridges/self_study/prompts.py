@@ -98,6 +98,7 @@ _FILL = (
     "Fill the gap with the words of the text: “{cue} … {end}”",
 )
 
+
 def draw_seed_prompt(seed_type: str, rng: random.Random, *, passage: str | None = None) -> str:
     """One phrasing of a type, about a passage of the chunk if one is given.
 

@@ -15,6 +15,7 @@ from typing import Any
 # Cut answers are kept by default: the teacher's distribution is as good on the first half of an answer as on a whole.
 DEFAULT_FILTERS = ("empty", "refusal", "duplicate")
 
+
 @dataclass(frozen=True)
 class Candidate:
     """A conversation as filters see it.

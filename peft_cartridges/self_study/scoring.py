@@ -90,13 +90,9 @@ class ModelScorer:
         ids = [row["input_ids"][row["turns_start"] if behind else 0 :] for row in rows]
         spans = [len(row["input_ids"]) - int(place[0]) for row, place in zip(rows, places, strict=True)]
         found = predicting_states(self.model, ids, spans)
-        return [
-            states[(place - place[0]).to(states.device)] for states, place in zip(found, places, strict=True)
-        ]
+        return [states[(place - place[0]).to(states.device)] for states, place in zip(found, places, strict=True)]
 
-    def _usefulness(
-        self, rows: Sequence[dict[str, Any]], found: Sequence[torch.Tensor]
-    ) -> list[float | None]:
+    def _usefulness(self, rows: Sequence[dict[str, Any]], found: Sequence[torch.Tensor]) -> list[float | None]:
         """KL of the teacher from itself without the context, nats per learned token; none for recitations."""
         measured = [number for number, row in enumerate(rows) if row["seed_type"] != RECITATION]
         without = self._predicting([rows[number] for number in measured], behind=False) if measured else []

@@ -1,5 +1,7 @@
 """`SynthesisConfig`: how conversations about a corpus are made."""
 
+# ruff: noqa: RUF009 (`_decides` and `_carries` make fields)
+
 from __future__ import annotations
 
 import json
@@ -88,7 +90,7 @@ class SynthesisConfig:
         factory=list,
     )
     chat_template_kwargs: dict[str, Any] | str | None = _decides(
-        "Further arguments of the chat template, as JSON: thinking modes and tools, e.g. `{\"enable_thinking\": false}`. "
+        'Further arguments of the chat template, as JSON: thinking modes and tools, e.g. `{"enable_thinking": false}`. '
         "Use the same when you talk to the cartridge.",
         None,
     )
@@ -157,11 +159,12 @@ class SynthesisConfig:
         "transformers",
     )
     engine_model: str | None = _carries(
-        "The model's name or path for an engine that is not `transformers`, if it is another than the model's own.", None
+        "The model's name or path for an engine that is not `transformers`, if it is another than the model's own.",
+        None,
     )
     engine_options: dict[str, Any] | str | None = _carries(
-        "Further arguments of the engine, as JSON: of `vllm.LLM`, e.g. `{\"tensor_parallel_size\": 2}`, or of "
-        "`OpenAIEngine`, e.g. `{\"timeout\": 60}`.",
+        'Further arguments of the engine, as JSON: of `vllm.LLM`, e.g. `{"tensor_parallel_size": 2}`, or of '
+        '`OpenAIEngine`, e.g. `{"timeout": 60}`.',
         None,
     )
     base_url: list[str] = _carries(
@@ -214,22 +217,21 @@ class SynthesisConfig:
                 raise ValueError(f"`{name}` must not be negative, got {getattr(self, name)}.")
         if self.oversampling < 1:
             raise ValueError(f"`oversampling` must be at least 1, got {self.oversampling}.")
-        for name, choices in (("chunking", MODES), ("teacher_targets", TARGETS), ("engine", ENGINES), ("thoughts", THOUGHTS)):
+        for name, choices in (
+            ("chunking", MODES),
+            ("teacher_targets", TARGETS),
+            ("engine", ENGINES),
+            ("thoughts", THOUGHTS),
+        ):
             if getattr(self, name) not in choices:
                 raise ValueError(f"`{name}` is {getattr(self, name)!r}; there are: {', '.join(choices)}.")
         for name in ("seed_prompts", "system_prompts"):
             if any(not isinstance(prompt, str) or not prompt.strip() for prompt in getattr(self, name)):
                 raise ValueError(f"`{name}` has an empty prompt.")
         parse_template_kwargs(self.chat_template_kwargs)
-        if isinstance(self.engine_options, str):
-            try:
-                self.engine_options = json.loads(self.engine_options)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"`engine_options` is not JSON ({error}): {self.engine_options!r}.") from None
-        if not isinstance(self.engine_options or {}, dict):
-            raise ValueError(f"`engine_options` must be a mapping (a JSON object), got {self.engine_options!r}.")
+        self.get_engine_options()
         if self.engine == "openai" and not self.base_url:
-            raise ValueError("`base_url` is missing: with `engine=\"openai\"` say where the servers are.")
+            raise ValueError('`base_url` is missing: with `engine="openai"` say where the servers are.')
         check_seed_types(self.seed_types)
         check_filters(self.quality_filters)
 
@@ -242,6 +244,18 @@ class SynthesisConfig:
     def content_settings(cls) -> list[str]:
         """Names of the settings that decide what the conversations say."""
         return [field.name for field in fields(cls) if field.metadata["content"]]
+
+    def get_engine_options(self) -> dict[str, Any]:
+        """`engine_options` as a mapping."""
+        options: Any = self.engine_options or {}
+        if isinstance(options, str):
+            try:
+                options = json.loads(options)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"`engine_options` is not JSON ({error}): {options!r}.") from None
+        if not isinstance(options, dict):
+            raise ValueError(f"`engine_options` must be a mapping (a JSON object), got {options!r}.")
+        return dict(options)
 
     @property
     def measures_usefulness(self) -> bool:

@@ -312,7 +312,9 @@ class SelfStudySynthesizer:
                 with contextlib.ExitStack() as claims:
                     held: dict[Any, contextlib.ExitStack] = {}
 
-                    def jobs(parts: list[Part] = pending, held: dict[Any, Any] = held, claims: Any = claims) -> Iterator[Any]:
+                    def jobs(
+                        parts: list[Part] = pending, held: dict[Any, Any] = held, claims: Any = claims
+                    ) -> Iterator[Any]:
                         for part in parts:
                             claim = claims.enter_context(contextlib.ExitStack())
                             if claim.enter_context(folder.claimed(stage, part)):

@@ -22,9 +22,9 @@ from transformers.utils import logging
 from transformers.utils.hub import PushInProgress, hf_api
 
 from ..hub import push_cartridge
-from ..hub_errors import hub_errors
 from ..hub.pull import CARTRIDGE_FILES, IMAGE_FILE
 from ..hub.push import find_base_name, refuse_public
+from ..hub_errors import hub_errors
 from .checkpoints import CheckpointingTrainer
 from .model_card import write_trainer_card
 from .self_study_config import SelfStudyConfig

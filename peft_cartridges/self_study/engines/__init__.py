@@ -34,12 +34,12 @@ __all__ = [
 def _transformers(args: SynthesisConfig, model: Any, processing_class: Any, top_k: int) -> list[Engine]:
     if model is None:
         raise ValueError("`model` is missing: pass a causal LM, or set `engine` to `openai` or `vllm`.")
-    options = {"batch_size": args.generation_batch_size, "refill": args.refill_finished_rows}
-    return [TransformersEngine(model, processing_class, **options)]
+    batch_size, refill = args.generation_batch_size, args.refill_finished_rows
+    return [TransformersEngine(model, processing_class, batch_size=batch_size, refill=refill)]
 
 
 def _vllm(args: SynthesisConfig, model: Any, processing_class: Any, top_k: int) -> list[Engine]:
-    options = dict(args.engine_options or {})
+    options = args.get_engine_options()
     name = args.engine_model or str(getattr(getattr(model, "config", None), "_name_or_path", ""))
     if not name:
         raise ValueError("`engine_model` is missing: name the model that vLLM is to load.")
@@ -55,7 +55,7 @@ def _openai(args: SynthesisConfig, model: Any, processing_class: Any, top_k: int
         "concurrency": args.concurrency,
         "max_retries": args.max_retries,
         "token_ids": args.server_token_ids,
-        **(args.engine_options or {}),
+        **args.get_engine_options(),
     }
     return [OpenAIEngine(url, name, processing_class, **options) for url in args.base_url]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass
 
@@ -97,6 +98,23 @@ class Engine(ABC):
     @abstractmethod
     def step(self) -> list[Outcome]:
         """Works a little, where it works in this thread, and gives what is no longer under way."""
+
+    def sample(self, requests: Sequence[Request]) -> list[Generation]:
+        """Answers some requests of one context, at once and in order, outside of a run: whatever is active on a model in
+        process stays active.
+
+        Raises:
+            EngineError: it does not answer.
+        """
+        left: deque[Request] = deque(requests)
+        found: dict[Request, Generation] = {}
+        while len(found) < len(requests):
+            self.begin([left.popleft() for _ in range(min(self.room(), len(left)))])
+            for outcome in self.step():
+                if outcome.generation is None:
+                    raise EngineError(self.hopeless or "The engine refused a request.")
+                found[outcome.request] = outcome.generation
+        return [found[request] for request in requests]
 
     @property
     def works_here(self) -> bool:

@@ -60,12 +60,12 @@ class _SlotLayer(CacheLayerMixin):
 
     def grow(self) -> None:
         """Takes the size that `slots` has now."""
-        if not self.is_initialized:
+        if self.keys is None or self.values is None:
             return
         old = self.keys, self.values
         self.lazy_initialization(*old)
-        for new, kept in zip((self.keys, self.values), old, strict=True):
-            new[: kept.shape[0], :, : kept.shape[2]] = kept
+        self.keys[: len(old[0]), :, : old[0].shape[2]] = old[0]
+        self.values[: len(old[1]), :, : old[1].shape[2]] = old[1]
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Appends one token to each row; gives `[rows, heads, width, head_dim]`, `width` of the longest row."""
@@ -143,9 +143,7 @@ class SlotDecoder:
         self._layers = [_SlotLayer(self._state) for _ in range(self.config.num_hidden_layers)]
         self._cache = Cache(layers=list(self._layers))
 
-    def begin(
-        self, name: Hashable, prompt: Sequence[int], max_new_tokens: int, temperature: float, seed: int
-    ) -> None:
+    def begin(self, name: Hashable, prompt: Sequence[int], max_new_tokens: int, temperature: float, seed: int) -> None:
         """Wants a continuation; it is drawn with its own seed."""
         uniform = _uniform(seed, max_new_tokens) if temperature > 0 else []
         self._waiting.append(_Row(name, list(prompt), max_new_tokens, temperature, uniform))
