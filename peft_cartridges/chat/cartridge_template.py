@@ -43,13 +43,20 @@ def cartridge_chat_template(processing_class: Any) -> str:
     codec = ChatCodec(None, tokenizer)
     if not codec.preamble or not codec.layout.opening:
         return tokenizer.get_chat_template()
-    context = codec.layout.render_context(codec.render, _MARK)
-    cut = json.dumps(context[context.index(_MARK) :])
-    placed = f"[{{'role': 'system', 'content': {json.dumps(_MARK)}}}] + messages"
+    mark, opening = json.dumps(_MARK), json.dumps(codec.layout.opening)
+    placed = f"[{{'role': 'system', 'content': {mark}}}] + messages"
     template = (
         "{%- macro own(messages) -%}" + tokenizer.get_chat_template() + "{%- endmacro -%}"
         "{%- if messages[0]['role'] == 'system' -%}{{ own(messages) }}"
-        "{%- else -%}{{ own(" + placed + ").split(" + cut + ", 1)[1] }}{%- endif -%}"
+        "{%- else -%}{{ "
+        + opening
+        + " + own("
+        + placed
+        + ").split("
+        + mark
+        + ", 1)[1].split("
+        + opening
+        + ", 1)[1] }}{%- endif -%}"
     )
     codecs = [codec, ChatCodec(None, tokenizer, thoughts="drop")]  # for every mode of thinking
     for codec, messages in itertools.product(codecs, _CONVERSATIONS):

@@ -205,8 +205,8 @@ class ChatCodec:
         Raises:
             ValueError: as `encode_dialogue`.
         """
-        texts = self._split(self._render_request(self._with_marks(questions)[:-1]), questions, len(questions) - 1)
-        return [token for exchange in self._fill([*texts, ""], [*answers, ()]) for part in exchange for token in part]
+        exchanges = self._fill([*self._request_texts(questions), ""], [*answers, ()])
+        return [token for exchange in exchanges for part in exchange for token in part]
 
     def encode_dialogue(self, questions: Sequence[str], answers: Sequence[Sequence[int]]) -> list[Exchange]:
         """A conversation as it is trained: what the chat template gives for the whole of it, with the answers' ids as
@@ -230,8 +230,7 @@ class ChatCodec:
                     "Chat templates leave out the thoughts of earlier answers, so a conversation of several rounds "
                     'cannot have them: set `num_rounds=1`, or `thoughts="drop"`.'
                 )
-            asked = self._render_request(self._with_marks(questions)[:-1])
-            texts = [*self._split(asked, questions, len(questions) - 1), texts[-1]]
+            texts = [*self._request_texts(questions), texts[-1]]
         return self._fill(texts, answers)
 
     def encode_exchange(self, question: str, answer: str) -> Exchange:
@@ -319,6 +318,12 @@ class ChatCodec:
         """What the chat template writes in front of each answer, and behind the last, in the whole conversation."""
         texts = self._split(self.render(self._with_marks(questions)), questions, len(questions))
         return [*(text.removesuffix(self._openings[2]) for text in texts[:-1]), texts[-1]]
+
+    def _request_texts(self, questions: Sequence[str]) -> list[str]:
+        """What stands in front of each answer where the last is to be sampled."""
+        rendered = self._render_request(self._with_marks(questions)[:-1])
+        *texts, last = self._split(rendered, questions, len(questions) - 1)
+        return [*(text.removesuffix(self._openings[2]) for text in texts), last]
 
     def _split(self, rendered: str, questions: Sequence[str], number: int) -> list[str]:
         """The turns between their first `number` marks."""

@@ -50,8 +50,22 @@ class ChatLayout:
 
 
 def find_layout(render: Render) -> ChatLayout:
-    """The layout of the chat template that `render` writes."""
-    head, _, rest = render(_CONVERSATION).partition(_FIRST)
+    """The layout of the chat template that `render` writes.
+
+    Raises:
+        ValueError: the template leaves messages out, or changes them.
+    """
+    rendered = render(_CONVERSATION)
+    head, _, rest = rendered.partition(_FIRST)
+    position = 0
+    for message in _CONVERSATION:
+        position = rendered.find(message["content"], position)
+        if position < 0:
+            raise ValueError(
+                f"The chat template of `processing_class` leaves out or changes the {message['role']}'s message "
+                f"{message['content']!r}, so what it gives for a whole conversation cannot be trained: it gives "
+                f"{rendered!r}."
+            )
     try:
         with_system = render(_put_context(_CONTEXT, _CONVERSATION, as_system=True))
     except Exception:  # templates refuse a system role by raising their own error (Gemma 2, early Mistral)

@@ -111,18 +111,17 @@ class LiveBatches:
         number = int(wanted) + (rng.random() < wanted % 1)
         on_policy = sorted(rng.sample(range(len(rows)), number))
         with evaluating(self.teacher.model), torch.random.fork_rng():
-            prompts = [rows[index].prompt for index in on_policy]
-            if prompts:
+            if on_policy:
                 answers = self._backend.generate(
-                    prompts,
+                    [self._asked(rows[index], batch["questions"][index]) for index in on_policy],
                     max_new_tokens=self.max_new_tokens,
                     temperature=self.temperature,
-                    seeds=[rng.getrandbits(31) for _ in prompts],
+                    seeds=[rng.getrandbits(31) for _ in on_policy],
                 )
-                for index, prompt, answer in zip(on_policy, prompts, answers, strict=True):
-                    rows[index] = _Row(
-                        prompt + answer.token_ids, [False] * len(prompt) + [True] * len(answer.token_ids)
-                    )
+                for index, answer in zip(on_policy, answers, strict=True):
+                    prompt = rows[index].prompt
+                    said = self.teacher.codec.take_answer(answer.token_ids) or answer.token_ids
+                    rows[index] = _Row(prompt + said, [False] * len(prompt) + [True] * len(said))
             if self.prompt_loss_weight:
                 # The first token of the turns is predicted by what stands in front, which teacher and student differ in.
                 rows = [row.learning_from(start + 1) for row, start in zip(rows, starts, strict=True)]
@@ -136,6 +135,14 @@ class LiveBatches:
                 for i, state in zip(scored, found, strict=True):
                     states[i] = state[torch.tensor(rows[i].learned[-len(state) :], device=state.device)]
         return self._assemble(batch, rows, states, device)
+
+    def _asked(self, row: _Row, question: str | None) -> list[int]:
+        """What the answer is sampled behind: the row's prompt, with what makes a thinking model answer at once."""
+        codec = self.teacher.codec
+        trained = [] if question is None else codec.encode_dialogue([question], [()])[0].prompt_ids
+        if question is None or row.prompt[-len(trained) :] != trained:
+            return row.prompt
+        return row.prompt[: len(row.prompt) - len(trained)] + codec.encode_prompt([question])
 
     def _start_of_turns(self, row: _Row, question: str | None) -> int:
         """Length of what stands in front of the turns for the student only: the teacher has its context there."""

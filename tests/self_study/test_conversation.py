@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -18,6 +19,8 @@ from peft_cartridges.self_study.backends.base import Generation
 from peft_cartridges.self_study.chunking import Chunk
 from peft_cartridges.self_study.conversation import Conversation, Turn
 from peft_cartridges.self_study.dialogue import Dialogue, Plan, plan_dialogues
+from peft_cartridges.self_study.teacher_targets import TopK
+from tests.chat.families import FAMILIES
 from tests.self_study import runs
 from tests.tiny_models import tiny_model, tiny_tokenizer
 
@@ -62,6 +65,9 @@ TOKENIZERS: dict[str, Any] = {
 }
 if SMOLLM2.is_dir():
     TOKENIZERS["SmolLM2"] = AutoTokenizer.from_pretrained(SMOLLM2)
+# What ends an answer in the chat template: not everywhere the tokenizer's `eos_token`.
+END = {name: one.eos_token_id for name, one in TOKENIZERS.items()}
+END["whole words"] = TOKENIZERS["whole words"].convert_tokens_to_ids("<end>")
 # Ids of all tokens but the special ones.
 ORDINARY = {name: sorted(set(range(len(one))) - set(one.all_special_ids)) for name, one in TOKENIZERS.items()}
 
@@ -88,8 +94,7 @@ def test_ids_are_what_was_generated_and_read_as_the_chat_template_renders(
     questions = [" ".join(data.draw(st.lists(words, min_size=1, max_size=6))) for _ in range(rounds)]
     # Any ids, also ones that an encoder would never give for their text.
     answers = [
-        [*data.draw(st.lists(st.sampled_from(ordinary), min_size=1, max_size=8)), tokenizer.eos_token_id]
-        for _ in range(rounds)
+        [*data.draw(st.lists(st.sampled_from(ordinary), min_size=1, max_size=8)), END[name]] for _ in range(rounds)
     ]
     row = _conversation(tokenizer, questions, answers).to_row(ChatCodec(None, tokenizer))
     assert len(row["input_ids"]) == len(row["completion_mask"])
@@ -116,7 +121,7 @@ def test_ids_are_what_was_generated_and_read_as_the_chat_template_renders(
 @pytest.mark.parametrize("name", list(TOKENIZERS))
 def test_a_cut_answer_is_closed_by_tokens_that_are_not_learned(name: str) -> None:
     tokenizer = TOKENIZERS[name]
-    cut, ended = [30, 31], [30, 31, tokenizer.eos_token_id]
+    cut, ended = [30, 31], [30, 31, END[name]]
     codec, questions = ChatCodec(None, tokenizer), ["what ?", "what ?"]
     assert codec.encode_prompt(questions, [cut]) == codec.encode_prompt(questions, [ended])
     row = _conversation(tokenizer, ["what ?", "who ?"], [cut, ended]).to_row(ChatCodec(None, tokenizer))
@@ -207,3 +212,68 @@ def test_a_system_prompt_stands_in_front_of_chunk_and_student() -> None:
         preamble = ChatCodec(None, tokenizer).encode_context(prompt)
         assert row["input_ids"][: len(preamble)] == preamble and not any(row["completion_mask"][: len(preamble)])
     assert used == {"yes captain", "no ship"}
+
+
+class _Engine:
+    """A back end that gives top-k targets along, and says the lines in turn."""
+
+    def __init__(self, codec: ChatCodec, lines: list[str]) -> None:
+        self.codec, self.lines, self.asked = codec, iter(lines), []
+
+    def generate(self, prompts: Any, *, max_new_tokens: int, **options: Any) -> list[Generation]:
+        self.asked += [self.codec.tokenizer.decode(prompt) for prompt in prompts]
+        ids = [self.codec.tokenizer(next(self.lines), add_special_tokens=False)["input_ids"] for _ in prompts]
+        ids = [tokens[:max_new_tokens] for tokens in ids]
+        return [
+            Generation(tokens, TopK(torch.zeros(len(tokens), 1).long(), -torch.ones(len(tokens), 1))) for tokens in ids
+        ]
+
+
+def _hold(codec: ChatCodec, lines: list[str], **settings: Any) -> tuple[Conversation, _Engine]:
+    engine = _Engine(codec, lines)
+    dialogue = Dialogue(engine, codec, SynthesisConfig(max_answer_tokens=200, max_question_tokens=200, **settings))
+    return dialogue.hold(Chunk("c", "d", 0, 1, "text"), [Plan("question", "Ask.", "", 3)])[0], engine
+
+
+@pytest.mark.parametrize("name", [*FAMILIES])
+def test_two_rounds_are_what_the_template_gives_for_them(name: str) -> None:
+    family = FAMILIES[name]
+    tokenizer = family.tokenizer(merges=True)
+    codec, end = ChatCodec(family.model(tokenizer), tokenizer), family.sampled_end
+    space = " " if name == "Mistral 7B" else ""
+    lines = [f"Who?{end}", f"{space}Ines.{end}", f"When?{end}", f"{space}Now.{end}"]
+    conversation, _ = _hold(codec, lines, num_rounds=2)
+    contents = ["Who?", f"{space}Ines.", "When?", f"{space}Now."]
+    assert [message["content"] for message in conversation.messages(codec)] == contents
+    messages = [{**message, "content": message["content"].strip()} for message in conversation.messages(codec)]
+    whole = tokenizer.apply_chat_template(messages, tokenize=False, **codec.template_kwargs)
+    row = conversation.to_row(codec)
+    read = tokenizer.decode(row["input_ids"])
+    assert read == whole[: whole.rindex("Now.") + 4] + end
+    # What an engine gave along holds only behind the tokens that it was given behind.
+    same = family.thinking is None or family.prompt == family.trained
+    assert [turn.top_k is not None for turn in conversation.turns] == [
+        same and name not in ("GPT-OSS", "Qwen 3", "Qwen 3, always thinking", "Qwen 3.5"),
+        same and name not in ("GPT-OSS", "Qwen 3", "Qwen 3, always thinking", "Qwen 3.5"),
+    ] or name in ("GPT-OSS", "Qwen 3", "Qwen 3, always thinking", "Qwen 3.5")  # whose history reads otherwise
+
+
+@pytest.mark.parametrize("thoughts", ["skip", "drop", "learn"])
+def test_thoughts_become_no_question_and_no_answer(thoughts: str) -> None:
+    family = FAMILIES["Qwen 3"]
+    tokenizer = family.tokenizer(merges=True)
+    codec = ChatCodec(family.model(tokenizer), tokenizer, thoughts=thoughts)
+    asked, said = (
+        "<think>\nAsk of the keeper.\n</think>\n\nWho?<|im_end|>",
+        "<think>\nIt says.\n</think>\n\nInes.<|im_end|>",
+    )
+    conversation, engine = _hold(codec, [asked, said])
+    (turn,) = conversation.turns
+    assert turn.question == "Who?" and "keeper" not in engine.asked[1]
+    learned = said if thoughts == "learn" else "Ines.<|im_end|>"
+    assert tokenizer.decode(turn.answer_ids) == learned
+    assert turn.generated == len(codec.tokenizer(asked)["input_ids"]) + len(codec.tokenizer(said)["input_ids"])
+    # A thought that was cut is no question, and no answer.
+    assert _hold(codec, ["<think>\nThe user wants me to"])[0].turns == []
+    if thoughts != "learn":
+        assert _hold(codec, ["Who?<|im_end|>", "<think>\nThe user wants"])[0].turns == []
