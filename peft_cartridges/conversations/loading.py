@@ -85,7 +85,7 @@ def without_rows(dataset: Dataset, left_out: Collection[str]) -> Dataset:
         return dataset
     ids = dataset.select_columns("id").with_format("arrow")[:]["id"]
     kept = pc.invert(pc.is_in(ids, value_set=_array(left_out)))
-    return dataset.select(pc.indices_nonzero(kept).to_numpy())
+    return dataset.select(pc.indices_nonzero(kept).to_pylist())
 
 
 def merge_self_study(datasets: Iterable[Dataset]) -> Dataset:

@@ -12,9 +12,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from peft_cartridges import SelfStudySynthesizer
-from peft_cartridges.self_study import read_report
-from peft_cartridges.corpus.borders import MODES, resolve_mode
+from peft_cartridges.conversations import read_report
 from peft_cartridges.corpus import Chunker, Document
+from peft_cartridges.corpus.borders import MODES, resolve_mode
 from peft_cartridges.corpus.coverage import measure_coverage
 from tests.self_study import runs
 from tests.tiny_models import tiny_model, tiny_tokenizer

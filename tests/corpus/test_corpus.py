@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 from datasets import Dataset, DatasetDict
 
-from peft_cartridges.corpus import load_corpus
-from peft_cartridges.corpus import chunk_corpus
+from peft_cartridges.corpus import chunk_corpus, load_corpus
 from tests.tiny_models import tiny_tokenizer
 
 

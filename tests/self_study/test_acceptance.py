@@ -8,9 +8,8 @@ import pytest
 import torch
 
 from peft_cartridges.chat import ChatCodec
-from peft_cartridges.self_study import format_report, read_report
-from peft_cartridges.self_study.quality import Candidate, QualityFilter, register_filter
-from peft_cartridges.self_study.quality.registry import _FILTERS
+from peft_cartridges.conversations import format_report, read_report
+from peft_cartridges.self_study.quality import FILTERS, Candidate, QualityFilter, register_filter
 from tests.self_study import runs
 from tests.tiny_models import tiny_model, tiny_tokenizer
 
@@ -28,7 +27,7 @@ class _EverySecond(QualityFilter):
 def every_second() -> object:
     register_filter("every_second", _EverySecond)
     yield "every_second"
-    del _FILTERS["every_second"]
+    del FILTERS["every_second"]
 
 
 def test_dropped_conversations_are_made_anew_and_counted(every_second: str) -> None:

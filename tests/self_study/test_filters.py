@@ -9,13 +9,12 @@ import pytest
 from peft_cartridges import SynthesisConfig
 from peft_cartridges.self_study.quality import (
     DEFAULT_FILTERS,
+    FILTERS,
     Candidate,
     QualityFilter,
-    list_filters,
     make_filters,
     register_filter,
 )
-from peft_cartridges.self_study.quality.registry import _FILTERS
 
 CHUNK = "The lighthouse at Vorholm was built in 1871. Its keeper, Ansgar Tveit, kept bees in the lamp room."
 
@@ -99,13 +98,13 @@ def test_filters_of_ones_own_are_registered() -> None:
 
     register_filter("no_bees", NoBees)
     try:
-        assert "no_bees" in list_filters()
+        assert "no_bees" in sorted(FILTERS)
         SynthesisConfig(quality_filters=["no_bees"])
         assert _filter("no_bees").drops(_candidate("Who?", "bees"))
         with pytest.raises(ValueError, match="There is a quality filter `no_bees` already"):
             register_filter("no_bees", NoBees)
     finally:
-        del _FILTERS["no_bees"]
+        del FILTERS["no_bees"]
     with pytest.raises(ValueError, match="`quality_filters` has no_bees; there are: duplicate, empty"):
         SynthesisConfig(quality_filters=["no_bees"])
 

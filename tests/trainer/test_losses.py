@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from peft_cartridges.self_study.teacher_targets import PADDED_LOGPROB
 from torch import Tensor
 
 from peft_cartridges.hidden_states import OutputHead
-from peft_cartridges.self_study.teacher_targets import PADDED_LOGPROB
 from peft_cartridges.trainer.liger_loss import liger_loss
 from peft_cartridges.trainer.losses import chunked_loss, forward_kl, get_divergence, jensen_shannon, reverse_kl
 from peft_cartridges.trainer.objective import Objective

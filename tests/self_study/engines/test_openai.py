@@ -10,9 +10,10 @@ import pytest
 
 pytest.importorskip("openai")
 
-from peft_cartridges import SelfStudySynthesizer
 from peft_cartridges.self_study.backends import BackendError, OpenAIBackend, TransformersBackend, openai_backend
 from peft_cartridges.self_study.backends.server_tokens import ServerTokens
+
+from peft_cartridges import SelfStudySynthesizer
 from tests.self_study import runs
 from tests.self_study.completions_server import CompletionsServer, Trouble
 from tests.tiny_models import tiny_model, tiny_tokenizer, token_ids

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from peft_cartridges import KVPrefix, shared_prefix
-from peft_cartridges.self_study.backends import TransformersBackend
-from peft_cartridges.self_study.backends.slot_decoding import SlotDecoder, can_decode_in_slots
+from peft_cartridges.self_study.engines import Request, TransformersEngine
+from peft_cartridges.self_study.engines.slots import SlotDecoder, can_decode_in_slots
 from tests.tiny_models import tiny_model, tiny_tokenizer, token_ids
 
 ENDS = {2, *range(100, 116)}  # often met, so that rows end at different lengths
@@ -98,8 +98,25 @@ def test_nothing_to_do_is_no_error() -> None:
 def test_models_without_masks_per_row_run_by_generate() -> None:
     model, prompts = tiny_model(attn="flex_attention"), _prompts()[:3]
     assert not can_decode_in_slots(model) and can_decode_in_slots(tiny_model())
-    reference = TransformersBackend(tiny_model(), tiny_tokenizer(), batch_size=2)
-    plain = TransformersBackend(tiny_model(), tiny_tokenizer(), batch_size=2, refill=False)
-    options: dict[str, Any] = {"max_new_tokens": 6, "temperature": 0.0, "seeds": [1, 2, 3]}
-    expected = [one.token_ids for one in reference.generate(prompts, **options)]
-    assert [one.token_ids for one in plain.generate(prompts, **options)] == expected
+    requests = [Request((), prompt, 6, 0.0, seed) for seed, prompt in enumerate(prompts)]
+    in_slots = TransformersEngine(tiny_model(), tiny_tokenizer(), batch_size=2)
+    plain = TransformersEngine(tiny_model(), tiny_tokenizer(), batch_size=2, refill=False)
+    expected = [one.token_ids for one in in_slots.sample(requests)]
+    assert [one.token_ids for one in plain.sample(requests)] == expected
+
+
+def test_rows_may_come_while_others_are_under_way_and_each_has_its_own_settings() -> None:
+    model, prompts = tiny_model(), _prompts()
+    settings = [(6, 0.0), (20, 1.0), (11, 0.5)]
+    alone = {}
+    for number, prompt in enumerate(prompts):
+        length, temperature = settings[number % 3]
+        decoder = SlotDecoder(model, ENDS, slots=1)
+        (alone[number],) = decoder.generate([prompt], max_new_tokens=length, temperature=temperature, seeds=[number])
+    decoder, found, waiting = SlotDecoder(model, ENDS, slots=3), {}, list(enumerate(prompts))
+    while len(found) < len(prompts):
+        if waiting:  # one more with every step, longer ones too: the buffers grow while rows are in them
+            number, prompt = waiting.pop(0)
+            decoder.begin(number, prompt, *settings[number % 3], number)
+        found.update(decoder.step())
+    assert found == alone

@@ -11,8 +11,9 @@ import pytest
 
 pytest.importorskip("vllm", reason="vLLM is not installed (it needs an environment of its own)")
 
-from peft_cartridges.self_study import SelfStudySynthesizer
 from peft_cartridges.self_study.backends import TransformersBackend, VLLMBackend
+
+from peft_cartridges.self_study import SelfStudySynthesizer
 from tests.self_study import runs
 from tests.tiny_models import tiny_model, tiny_tokenizer, token_ids
 

@@ -11,7 +11,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from peft_cartridges import CartridgeConfig, SelfStudySynthesizer
-from peft_cartridges.self_study.backends import TransformersBackend
+from peft_cartridges.model_identity import model_fingerprint
 from tests.self_study import runs
 from tests.tiny_models import tiny_model, tiny_tokenizer
 
@@ -19,7 +19,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def _fingerprint(model: Any) -> str:
-    return TransformersBackend(model, tiny_tokenizer()).fingerprint
+    return model_fingerprint(model)
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2", "qwen3_moe"])

@@ -8,14 +8,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from peft_cartridges.self_study.recitation import draw_recitation
-from peft_cartridges.self_study.sentences import (
+from peft_cartridges.corpus.sentences import (
     count_words,
     first_words,
     last_words,
     sentence_ends,
     split_sentences,
 )
+from peft_cartridges.self_study.prompts import draw_recitation
 
 
 @pytest.mark.parametrize(
