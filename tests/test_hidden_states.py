@@ -14,7 +14,9 @@ from peft_cartridges.hidden_states import OutputHead, forward_hidden_states, pre
 from tests.tiny_models import HYBRIDS, tiny_model, token_ids
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma2", "granite", "gpt2", "qwen3_moe", "gpt_oss", "deepseek_v3", *HYBRIDS])
+@pytest.mark.parametrize(
+    "name", ["llama", "gemma2", "granite", "gpt2", "qwen3_moe", "gpt_oss", "deepseek_v3", *HYBRIDS]
+)
 def test_the_head_is_the_models_own(name: str) -> None:
     model = tiny_model(name)
     head = OutputHead(model)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -53,7 +54,7 @@ class SelfStudyCollator:
             columns["loss_weights"] = (weights, 0.0)
         if self.padding_free:
             lengths = [len(row["input_ids"]) for row in rows]
-            batch = {name: torch.tensor([sum(parts, [])]) for name, (parts, _) in columns.items()}
+            batch = {name: torch.tensor([list(itertools.chain(*parts))]) for name, (parts, _) in columns.items()}
             batch["position_ids"] = torch.cat([torch.arange(length) for length in lengths])[None]
         else:
             batch = {name: pad_right(parts, value) for name, (parts, value) in columns.items()}
@@ -66,9 +67,7 @@ def keep_rows(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _labels(row: dict[str, Any]) -> list[int]:
-    return [
-        token if learned else -100 for token, learned in zip(row["input_ids"], row["completion_mask"], strict=True)
-    ]
+    return [token if learned else -100 for token, learned in zip(row["input_ids"], row["completion_mask"], strict=True)]
 
 
 def _join_targets(rows: list[dict[str, Any]]) -> dict[str, Tensor]:

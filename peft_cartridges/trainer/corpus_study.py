@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
-import json
 import re
 import shutil
 from collections.abc import Iterable
@@ -14,10 +11,9 @@ from typing import Any
 from datasets import Dataset
 from peft import PeftModel
 
+from ..conversations import read_provenance
+from ..corpus import as_documents
 from ..self_study import SelfStudySynthesizer, SynthesisConfig
-from ..self_study.chat_template_arguments import WithTemplateArguments, parse_template_arguments
-from ..self_study.chunking import as_documents
-from ..self_study.run_identity import run_identity, synthesis_arguments
 from .data_checks import first_rows
 from .rounds import ConversationRounds
 from .self_study_config import SelfStudyConfig
@@ -63,40 +59,36 @@ class CorpusStudy:
         Raises:
             ValueError: as `SelfStudySynthesizer.synthesize`.
         """
-        settings = SynthesisConfig(**synthesis_arguments(self.args))
-        synthesizer = SelfStudySynthesizer(model, self.processing_class, settings)
-        self.identity = run_identity(
-            synthesizer.backend, synthesizer.processing_class, settings, self.documents, corpus_name=self.name
-        )
         if self.args.resample_every:
-            return self._rounds(model, settings)
-        key = hashlib.sha256(json.dumps(self.identity, sort_keys=True, default=str).encode()).hexdigest()[:12]
-        return synthesizer.synthesize(self.documents, output_dir=self._folder / key, corpus_name=self.name)
+            return self._rounds(model)
+        synthesizer = SelfStudySynthesizer(model, self.processing_class, SynthesisConfig.from_args(self.args))
+        folder = self._folder / synthesizer.address(self.documents)[:12]
+        dataset = synthesizer.synthesize(self.documents, output_dir=folder, corpus_name=self.name)
+        self.identity = read_provenance(dataset)
+        return dataset
 
     @property
     def _folder(self) -> Path:
         return Path(self.args.output_dir or ".") / CONVERSATIONS_DIR
 
-    def _rounds(self, model: PeftModel, settings: SynthesisConfig) -> ConversationRounds:
+    def _rounds(self, model: PeftModel) -> ConversationRounds:
         args = self.args
         rows = args.resample_every * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        self.identity = {}
 
         def synthesize(number: int) -> Dataset:
-            of_round = dataclasses.replace(
-                settings, num_conversations=rows, seed=settings.seed + 1_000_003 * number
+            settings = SynthesisConfig.from_args(
+                args, num_conversations=rows, synthesis_seed=args.synthesis_seed + 1_000_003 * number
             )
-            synthesizer = SelfStudySynthesizer(model, self.processing_class, of_round)
             if args.should_save and number:  # the round before has been used
                 shutil.rmtree(self._folder / f"round-{number - 1}", ignore_errors=True)
-            return synthesizer.synthesize(self.documents, output_dir=self._folder / f"round-{number}")
+            synthesizer = SelfStudySynthesizer(model, self.processing_class, settings)
+            folder = self._folder / f"round-{number}"
+            dataset = synthesizer.synthesize(self.documents, output_dir=folder, corpus_name=self.name)
+            self.identity = read_provenance(dataset)
+            return dataset
 
         return ConversationRounds(synthesize, rows, -(-args.max_steps // args.resample_every))
-
-
-def with_template_arguments(processing_class: Any, args: SynthesisConfig) -> Any:
-    """The tokenizer with the further arguments of the chat template that the synthesis uses."""
-    arguments = parse_template_arguments(args.chat_template_kwargs)
-    return WithTemplateArguments(processing_class, arguments) if arguments else processing_class
 
 
 def text_of_contexts(dataset: Any) -> str | None:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import itertools
-import json
 from typing import Any
 
 from ..attention.layers import get_text_config
 from ..chat import get_tokenizer
-from ..self_study.backends import TransformersBackend
-from ..self_study.run_identity import FORMAT, tokenizer_fingerprint
+from ..conversations import read_provenance
+from ..conversations.provenance import FORMAT
+from ..model_identity import model_fingerprint, tokenizer_fingerprint
 from .batches import has_targets
 
 _ROWS_LOOKED_AT = 8
@@ -63,15 +63,15 @@ def check_origin(dataset: Any, name: str, model: Any, processing_class: Any) -> 
     Raises:
         ValueError: it was made with another model or another tokenizer.
     """
-    origin = read_origin(dataset)
+    origin = read_provenance(dataset)
     made_by = origin.get("model_fingerprint")
     if made_by and origin.get("format") != FORMAT:
         raise ValueError(
             f"`{name}` was made by another version of peft-cartridges (format {origin.get('format')}, this one has "
             f"{FORMAT}), so it cannot be told whether this is its base model: synthesize it anew, or, if you know that "
-            f'it is, set `{name}.info.description = ""`.'
+            f'it is, set `{name}.info.description = ""` and leave out the column `origin`.'
         )
-    if made_by and made_by != TransformersBackend(model, processing_class).fingerprint:
+    if made_by and made_by != model_fingerprint(model):
         raise ValueError(
             f"`{name}` was made with another base model ({origin.get('base_model') or 'unnamed'}, or its weights before "
             f"they were changed) than {getattr(model.config, '_name_or_path', '') or type(model).__name__}, and its "
@@ -100,15 +100,6 @@ def check_origin(dataset: Any, name: str, model: Any, processing_class: Any) -> 
                 f"`{name}[{number}]` has {len(states)} numbers of `teacher_hidden_states` for {learned} learned tokens, "
                 f"but the model's hidden size is {hidden_size}: the data set was made with another base model."
             )
-
-
-def read_origin(dataset: Any) -> dict[str, Any]:
-    """What a data set of the synthesizer says it was made from (`run_identity`); empty for others."""
-    try:
-        found = json.loads(dataset.info.description or "{}")
-    except (AttributeError, json.JSONDecodeError):  # a description for people
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 def _check_tokens(row: dict[str, Any], name: str, tokenizer: Any) -> None:

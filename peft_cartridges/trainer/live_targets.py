@@ -8,7 +8,6 @@ that the teacher wrote; on-policy (arXiv 2306.13649) from its own, which it samp
 from __future__ import annotations
 
 import random
-from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,12 +15,12 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
-from ..attention import shared_prefix
-from ..chat import encode_preamble
+from ..chat import ChatCodec
 from ..hidden_states import predicting_states
-from ..kv_prefix import KVPrefix, evaluating
-from ..self_study.backends import TransformersBackend
-from ..self_study.conversation import encode_question
+from ..kv_prefix import evaluating
+from ..self_study import TransformersEngine
+from ..self_study.engines.engine import Request
+from ..self_study.engines.transformers import ContextPrefixes, bare
 from .batches import STATES, TOP_K, has_targets
 
 Row = dict[str, Any]
@@ -32,16 +31,14 @@ class LiveTeacher:
 
     Args:
         model: The PEFT model that is trained.
-        processing_class: Its tokenizer or processor.
+        codec: Renders a context.
         cache_size: How many chunks' prefixes are kept; the one that was not used for the longest time goes first.
     """
 
-    def __init__(self, model: PeftModel, processing_class: Any, *, cache_size: int = 16) -> None:
+    def __init__(self, model: PeftModel, codec: ChatCodec, *, cache_size: int = 16) -> None:
         self.model = model
-        self.processing_class = processing_class
-        self.cache_size = cache_size
-        self.num_prefilled = 0  # chunks read so far
-        self._prefixes: OrderedDict[str, KVPrefix] = OrderedDict()
+        self.codec = codec
+        self.prefixes = ContextPrefixes(model, cache_size)
 
     def states(
         self, contexts: Sequence[str], rows: Sequence[Sequence[int]], num_predicted: Sequence[int]
@@ -49,25 +46,16 @@ class LiveTeacher:
         """Final hidden states `[num_predicted[i], hidden_size]` that predict the last tokens of row i behind its
         context. Rows of one context are computed together."""
         results: list[Tensor] = [torch.empty(0)] * len(rows)
-        with self.model.disable_adapter(), evaluating(self.model):
+        with bare(self.model):
             for context in dict.fromkeys(contexts):
                 chosen = [index for index, other in enumerate(contexts) if other == context]
-                with shared_prefix(self.model, self._prefix(context)):
+                with self.prefixes.behind(tuple(self.codec.encode_context(context))):
                     states = predicting_states(
                         self.model, [rows[i] for i in chosen], [num_predicted[i] for i in chosen]
                     )
                 for index, state in zip(chosen, states, strict=True):
                     results[index] = state
         return results
-
-    def _prefix(self, context: str) -> KVPrefix:
-        if context not in self._prefixes:
-            self.num_prefilled += 1
-            self._prefixes[context] = KVPrefix.from_text(self.model, self.processing_class, context)
-            if len(self._prefixes) > self.cache_size:
-                self._prefixes.popitem(last=False)
-        self._prefixes.move_to_end(context)
-        return self._prefixes[context]
 
 
 class LiveTargets:
@@ -101,13 +89,12 @@ class LiveTargets:
         self.needs_teacher = needs_teacher
         self.max_new_tokens = max_new_tokens
         self.temperature = temperature
-        self._engine = TransformersBackend(teacher.model, teacher.processing_class, batch_size=generation_batch_size)
-        self._preamble = encode_preamble(teacher.processing_class)
+        self._engine = TransformersEngine(teacher.model, teacher.codec, batch_size=generation_batch_size)
 
     def for_training(self, rows: Sequence[Row], seed: str) -> list[Row]:
         """The rows finished. What is drawn depends on `seed` and the cartridge alone, so a resumed run draws the same."""
         rng = random.Random(seed)
-        finished = [{**row, "start": self._start_of_turns(row)} for row in rows]
+        finished = [{**row, "turns_start": self._start_of_turns(row)} for row in rows]
         wanted = self.on_policy_fraction * len(finished)
         number = int(wanted) + (rng.random() < wanted % 1)
         answered = [finished[index] for index in sorted(rng.sample(range(len(finished)), number))]
@@ -120,26 +107,48 @@ class LiveTargets:
     def for_evaluation(self, rows: Sequence[Row]) -> list[Row]:
         """The rows with the teacher's targets, as they were written."""
         return self._scored(
-            [{**row, "start": self._start_of_turns(row)} if any(row["completion_mask"]) else dict(row) for row in rows]
+            [
+                {**row, "turns_start": self._start_of_turns(row)} if any(row["completion_mask"]) else dict(row)
+                for row in rows
+            ]
         )
 
     def _answer(self, rows: list[Row], seeds: list[int]) -> None:
-        if not rows:
-            return
-        prompts = [list(row["input_ids"][: _first_learned(row)]) for row in rows]
+        """Has the model with its cartridge answer the first question of each row; one that gives no answer stays."""
+        codec = self.teacher.codec
+        requests = [
+            Request((), self._prompt(row), self.max_new_tokens, self.temperature, seed)
+            for row, seed in zip(rows, seeds, strict=True)
+        ]
+        found: dict[int, list[int]] = {}
         with evaluating(self.teacher.model), torch.random.fork_rng():
-            answers = self._engine.generate(
-                prompts, max_new_tokens=self.max_new_tokens, temperature=self.temperature, seeds=seeds
-            )
-        for row, prompt, answer in zip(rows, prompts, answers, strict=True):
-            row["input_ids"] = prompt + answer.token_ids
-            row["completion_mask"] = [0] * len(prompt) + [1] * len(answer.token_ids)
-            _drop_targets(row)
+            waiting = list(requests)
+            while waiting or self._engine.works_here:
+                room = self._engine.room()
+                self._engine.begin(waiting[:room])
+                waiting = waiting[room:]
+                for outcome in self._engine.step():
+                    assert outcome.generation is not None
+                    found[id(outcome.request)] = codec.take_answer(outcome.generation.token_ids)
+        for row, request in zip(rows, requests, strict=True):
+            if answer := found[id(request)]:
+                prompt = list(row["input_ids"][: _first_learned(row)])
+                row["input_ids"] = prompt + answer
+                row["completion_mask"] = [0] * len(prompt) + [1] * len(answer)
+                _drop_targets(row)
+
+    def _prompt(self, row: Row) -> list[int]:
+        """What the answer is sampled behind."""
+        ids = list(row["input_ids"])
+        asked = [message["content"] for message in row.get("messages") or [] if message["role"] == "user"]
+        if not asked:
+            return ids[: _first_learned(row)]
+        return ids[: row["turns_start"]] + self.teacher.codec.encode_prompt(asked[:1])
 
     def _learn_question(self, row: Row) -> None:
-        """Sets a weight on what stands between `start`, where the turns begin, and the answer. The first token of the turns is
+        """Sets a weight on what stands between `turns_start` and the answer. The first token of the turns is
         predicted by what stands in front of them, which teacher and student differ in, so it is left out."""
-        start, first = row["start"] + 1, _first_learned(row)
+        start, first = row["turns_start"] + 1, _first_learned(row)
         length = len(row["input_ids"])
         row["completion_mask"] = [
             int(index >= start or bool(learned)) for index, learned in enumerate(row["completion_mask"])
@@ -150,7 +159,7 @@ class LiveTargets:
     def _scored(self, rows: list[Row]) -> list[Row]:
         unscored = [row for row in rows if not _has_targets(row) and any(row["completion_mask"])]
         counts = [len(row["input_ids"]) - _first_learned(row) for row in unscored]
-        turns = [list(row["input_ids"][row["start"] :]) for row in unscored]
+        turns = [list(row["input_ids"][row["turns_start"] :]) for row in unscored]
         found = self.teacher.states([row["context"] for row in unscored], turns, counts) if unscored else []
         for row, states in zip(unscored, found, strict=True):
             learned = torch.tensor(row["completion_mask"][-len(states) :], dtype=torch.bool, device=states.device)
@@ -159,14 +168,10 @@ class LiveTargets:
 
     def _start_of_turns(self, row: Row) -> int:
         """Length of what stands in front of the turns for the student only: the teacher has its context there."""
-        ids = list(row["input_ids"])
-        prompt = ids[: _first_learned(row)]
-        asked = [message["content"] for message in row.get("messages") or [] if message["role"] == "user"]
-        if asked:
-            question = encode_question(self.teacher.processing_class, asked[0])
-            if prompt[-len(question) :] == question:
-                return len(prompt) - len(question)
-        return len(self._preamble) if ids[: len(self._preamble)] == self._preamble else 0
+        if row.get("turns_start") is not None:
+            return row["turns_start"]
+        preamble = self.teacher.codec.preamble
+        return len(preamble) if list(row["input_ids"][: len(preamble)]) == preamble else 0
 
 
 def _has_targets(row: Row) -> bool:

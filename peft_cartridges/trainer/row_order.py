@@ -44,9 +44,7 @@ class SeededOrder(Sampler[int]):
         return iter(self.arrange(order, generator) if self.arrange else order)
 
 
-def by_length(
-    lengths: Sequence[int], batch_size: int
-) -> Callable[[list[int], torch.Generator], list[int]]:
+def by_length(lengths: Sequence[int], batch_size: int) -> Callable[[list[int], torch.Generator], list[int]]:
     """Rows of like length in the same batch: groups of `50 * batch_size` shuffled rows are sorted by length, and the
     batches of all groups are shuffled. A short last batch comes last.
 
@@ -67,9 +65,7 @@ def by_length(
     return arrange
 
 
-def by_chunk(
-    chunks: Sequence[Any], rows_together: int
-) -> Callable[[list[int], torch.Generator], list[int]]:
+def by_chunk(chunks: Sequence[Any], rows_together: int) -> Callable[[list[int], torch.Generator], list[int]]:
     """Up to `rows_together` rows of the same chunk behind each other, so that a teacher reads it once for them.
 
     Args:

@@ -17,12 +17,12 @@ from datasets import Dataset
 
 from ..adapter_folder import CONFIG_FILE, read_cartridge
 from ..chat import get_tokenizer
+from ..conversations import read_provenance
 from ..hub import CardFacts, Metric, save_facts, write_model_card
 from ..hub.base_license import read_base_license
 from ..hub.memory_figure import add_memory_figure
 from ..hub.model_card import is_edited
 from ..hub.push import complete_facts
-from .data_checks import read_origin
 from .training_curve import FILE_NAME
 
 if TYPE_CHECKING:
@@ -74,8 +74,8 @@ def _facts(trainer: SelfStudyTrainer, folder: str) -> CardFacts:
     args = trainer.args
     data: Any = trainer.train_dataset
     study = trainer.study
-    origin = (study.identity if study is not None else None) or read_origin(data)
-    corpus, report = origin.get("corpus", {}), read_origin(data).get("report", {})
+    origin = (study.identity if study is not None else None) or read_provenance(data)
+    corpus, report = origin.get("corpus", {}), read_provenance(data).get("report", {})
     text, tokens, digest = trainer.corpus, None, corpus.get("sha256")
     if text is not None:
         tokens = len(get_tokenizer(trainer.processing_class)(text, add_special_tokens=False)["input_ids"])

@@ -27,7 +27,7 @@ class SelfStudyConfig(SynthesisConfig, _BaseConfig):
         ValueError: a value is out of its range, or two do not go together; the message names them.
     """
 
-    _VALID_DICT_FIELDS = [*_BaseConfig._VALID_DICT_FIELDS, "model_init_kwargs"]  # noqa: RUF012 (as in the base)
+    _VALID_DICT_FIELDS = [*_BaseConfig._VALID_DICT_FIELDS, "model_init_kwargs", "engine_options"]  # noqa: RUF012 (as in the base)
 
     # -- the model and its cartridge -----------------------------------------------------------------------------------
 
@@ -139,11 +139,17 @@ class SelfStudyConfig(SynthesisConfig, _BaseConfig):
     # -- the engine that writes conversations (names as in TRL) --------------------------------------------------------
 
     use_vllm: bool = field(
-        default=False, metadata={"help": "Write conversations with vLLM instead of the model in process."}
+        default=False,
+        metadata={
+            "help": "Write conversations with vLLM instead of the model in process: sets `engine` (and `base_url`)."
+        },
     )
     vllm_mode: str = field(
         default="colocate",
-        metadata={"help": "`colocate`: vLLM in this process, on the same device. `server`: a server that is running."},
+        metadata={
+            "help": "`colocate`: vLLM in this process, on the same device (`engine=vllm`; `engine_options` go to it). "
+            "`server`: one that is running (`engine=openai`). The model in process scores in either case."
+        },
     )
     vllm_server_base_url: str | None = field(
         default=None,
@@ -246,6 +252,13 @@ class SelfStudyConfig(SynthesisConfig, _BaseConfig):
     )
 
     def __post_init__(self) -> None:
+        if self.vllm_mode not in VLLM_MODES:
+            raise ValueError(f"`vllm_mode` must be one of {', '.join(VLLM_MODES)}, got {self.vllm_mode!r}.")
+        if self.use_vllm and self.vllm_mode == "colocate":
+            self.engine = "vllm"
+        elif self.use_vllm:
+            own = f"http://{self.vllm_server_host}:{self.vllm_server_port}/v1"
+            self.engine, self.base_url = "openai", self.base_url or [self.vllm_server_base_url or own]
         SynthesisConfig.__post_init__(self)
         _BaseConfig.__post_init__(self)
         if isinstance(self.language, str):  # `language: en` in YAML
@@ -253,8 +266,6 @@ class SelfStudyConfig(SynthesisConfig, _BaseConfig):
         check_objective(self.loss_type, use_liger=self.use_liger_kernel)
         if self.initialization not in (known := [*list_strategies(), INITIALIZE_FROM_NOTHING]):
             raise ValueError(f"`initialization` must be one of {', '.join(known)}, got {self.initialization!r}.")
-        if self.vllm_mode not in VLLM_MODES:
-            raise ValueError(f"`vllm_mode` must be one of {', '.join(VLLM_MODES)}, got {self.vllm_mode!r}.")
         for name in ("loss_chunk_size", "teacher_cache_size", "rows_per_chunk"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")

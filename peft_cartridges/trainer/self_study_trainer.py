@@ -20,19 +20,18 @@ from transformers.trainer_utils import EvalLoopOutput, EvalPrediction
 from transformers.utils.hub import hf_api
 from trl.trainer.base_trainer import _BaseTrainer
 
-from ..cartridge_template import with_cartridge_chat_template
-from ..chat import get_tokenizer
+from ..chat import ChatCodec, get_tokenizer, with_cartridge_chat_template
 from ..hidden_states import OutputHead, forward_hidden_states
 from ..hub.base_model import identify_base_model
-from ..hub.errors import hub_errors
 from ..hub.push import refuse_public
+from ..hub_errors import hub_errors
 from ..initialization import initialize_cartridge
 from ..objectives import Objective
 from ..tuner import CartridgeConfig
 from .batches import STATES, TOP_K, EvenRows, EvenStream, SelfStudyCollator, has_targets, keep_rows
 from .cartridge_parameters import MovingAverage, find_broken_parameter, parameter_groups, sample_values
 from .checkpoints import CheckpointWriter
-from .corpus_study import CorpusStudy, find_hub_datasets, text_of_contexts, with_template_arguments
+from .corpus_study import CorpusStudy, find_hub_datasets, text_of_contexts
 from .data_checks import check_columns, check_origin, first_rows
 from .gap_evaluation import GapEvaluation
 from .live_targets import LiveTargets, LiveTeacher
@@ -173,7 +172,12 @@ class SelfStudyTrainer(_BaseTrainer):
             or SelfStudyCollator(get_tokenizer(processing_class).pad_token_id or 0, padding_free=args.padding_free),
             compute_metrics=compute_metrics,
             preprocess_logits_for_metrics=preprocess_logits_for_metrics,
-            callbacks=[self.average, self.pusher, *([TrainingCurveCallback()] if args.plot else []), *(callbacks or [])],
+            callbacks=[
+                self.average,
+                self.pusher,
+                *([TrainingCurveCallback()] if args.plot else []),
+                *(callbacks or []),
+            ],
             optimizers=optimizers,
         )
         # Trainer counts the learned tokens of a step only for a loss that takes their number.
@@ -197,6 +201,7 @@ class SelfStudyTrainer(_BaseTrainer):
             batch_size=args.per_device_eval_batch_size,
             without_context=plain_processing_class,
         )
+        self.codec = ChatCodec(peft_model, processing_class, args.chat_template_kwargs, thoughts=args.thoughts)
         self._live: LiveTargets | None = None
         self._tokens_since_log, self._last_log = torch.zeros((), dtype=torch.long), time.perf_counter()
         self._measured = torch.zeros(2, dtype=torch.float64, device=args.device)  # sum of KL, number of tokens
@@ -244,7 +249,7 @@ class SelfStudyTrainer(_BaseTrainer):
         self._say(f"Initializing the cartridge ({self.args.initialization}) …")
         initialize_cartridge(
             cast(PeftModel, self.model),
-            with_template_arguments(self.processing_class, self.args),
+            self.codec,
             text=self._first_text,
             strategy=self.args.initialization,
         )
@@ -353,9 +358,9 @@ class SelfStudyTrainer(_BaseTrainer):
     def live_targets(self) -> LiveTargets:
         """What finishes rows in the step; made when it is first needed."""
         if self._live is None:
-            args, processing_class = self.args, with_template_arguments(self.processing_class, self.args)
+            args = self.args
             self._live = LiveTargets(
-                LiveTeacher(cast(PeftModel, self.model), processing_class, cache_size=args.teacher_cache_size),
+                LiveTeacher(cast(PeftModel, self.model), self.codec, cache_size=args.teacher_cache_size),
                 on_policy_fraction=args.on_policy_fraction,
                 prompt_loss_weight=args.prompt_loss_weight,
                 needs_teacher=args.needs_teacher,

@@ -7,11 +7,11 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
+from peft_cartridges.self_study.run_identity import synthesis_arguments
 
 from peft_cartridges import SynthesisConfig
 from peft_cartridges.cli import main
 from peft_cartridges.self_study import read_report
-from peft_cartridges.self_study.run_identity import synthesis_arguments
 from tests.self_study import runs
 from tests.tiny_models import tiny_model, tiny_tokenizer
 

@@ -260,7 +260,9 @@ def test_every_divergence_says_how_liger_computes_it_or_refuses() -> None:
     student, teacher = torch.randn(2, 5, 32).unbind(0)
     for name, kind in OBJECTIVES.items():
         if kind.liger_beta is None:
-            with pytest.raises(ValueError, match=f"does not go with `loss_type='{name}'`, which Liger does not compute"):
+            with pytest.raises(
+                ValueError, match=f"does not go with `loss_type='{name}'`, which Liger does not compute"
+            ):
                 check_objective(name, use_liger=True)
             continue
         assert kind.divergence is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,8 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 
-from peft_cartridges import SelfStudyTrainer
-from peft_cartridges.chat import encode_context, encode_preamble
-from peft_cartridges.self_study.conversation import encode_question
+from peft_cartridges import KVPrefix, SelfStudyTrainer
+from peft_cartridges.chat import ChatCodec
 from peft_cartridges.trainer.row_order import SeededOrder, by_chunk
 from tests.tiny_models import tiny_model
 from tests.trainer.small_runs import TOKENIZER, losses, make_conversations, make_trainer
@@ -42,7 +42,7 @@ def _rows(batch: dict[str, Any]) -> list[list[int]]:
 
 @torch.no_grad()
 def _teacher_states(context: str, turns: list[int], count: int) -> Tensor:
-    ids = encode_context(TOKENIZER, context) + turns
+    ids = ChatCodec(None, TOKENIZER).encode_context(context) + turns
     return tiny_model().model(torch.tensor([ids])).last_hidden_state[0, -count - 1 : -1]
 
 
@@ -58,10 +58,10 @@ def test_the_student_answers_and_the_teacher_scores(tmp_path: Path, conversation
         row = conversations[index]
         prompt = row["input_ids"][: row["completion_mask"].index(1)]
         assert new[index][: len(prompt)] == prompt and len(new[index]) == len(prompt) + counts[index]
-        turns = new[index][len(encode_preamble(TOKENIZER)) :]
+        turns = new[index][len(ChatCodec(None, TOKENIZER).preamble) :]
         expected = _teacher_states(row["context"], turns, counts[index])
         torch.testing.assert_close(states[index], expected, atol=5e-3, rtol=5e-3)
-    assert len(trainer.live_targets.teacher._prefixes) == 1
+    assert len(trainer.live_targets.teacher.prefixes._kept) == 1
 
 
 def test_on_policy_answers_are_the_students_own(tmp_path: Path, conversations: Dataset) -> None:
@@ -103,7 +103,7 @@ def test_questions_with_a_weight_are_learned_too(tmp_path: Path, conversations: 
     total, weight = 0.0, 0.0
     for index in range(6):
         row = conversations[index]
-        start, first = len(encode_preamble(TOKENIZER)), row["completion_mask"].index(1)
+        start, first = len(ChatCodec(None, TOKENIZER).preamble), row["completion_mask"].index(1)
         learned = (after["labels"][index] != -100).nonzero().flatten().tolist()
         assert learned == list(range(start + 1, len(row["input_ids"])))
         teacher = _teacher_states(row["context"], row["input_ids"][start:], len(learned))
@@ -145,7 +145,7 @@ def test_system_prompts_stand_in_front_of_the_turns(tmp_path: Path) -> None:
     states = after["teacher_hidden_states"].float().split(counts)
     for index, row in enumerate(_rows(after)):
         answer = row[len(row) - counts[index] :]
-        turns = encode_question(TOKENIZER, dataset[index]["messages"][0]["content"]) + answer
+        turns = ChatCodec(None, TOKENIZER).encode_prompt([dataset[index]["messages"][0]["content"]]) + answer
         assert row[-len(turns) :] == turns
         expected = _teacher_states(dataset[index]["context"], turns, counts[index])
         torch.testing.assert_close(states[index], expected, atol=5e-3, rtol=5e-3)
@@ -166,15 +166,26 @@ def test_conversations_without_targets_give_the_run_of_those_with_them(tmp_path:
     assert runs[1] == pytest.approx(runs[0], rel=1e-3)  # what is stored is rounded to float16
 
 
-def test_a_chunk_is_read_once_for_all_its_rows_in_a_batch(tmp_path: Path, conversations: Dataset) -> None:
+def test_a_chunk_is_read_once_for_all_its_rows_in_a_batch(
+    tmp_path: Path, conversations: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[tuple[int, ...]] = []
+    prefill = KVPrefix.from_input_ids
+    monkeypatch.setattr(
+        KVPrefix, "from_input_ids", lambda model, ids, **more: (read.append(ids), prefill(model, ids, **more))[1]
+    )
     bare = conversations.remove_columns("teacher_hidden_states")
     assert len(set(bare["chunk_id"])) == 2
     trainer = make_trainer(tmp_path, dataset=bare, max_steps=2, per_device_train_batch_size=8)
+    trainer.initialize_cartridge()
+    read.clear()
     trainer.train()
-    assert trainer.live_targets.teacher.num_prefilled == 2
+    assert len(read) == 2
     alone = make_trainer(tmp_path, dataset=bare, max_steps=2, teacher_cache_size=1, rows_per_chunk=8)
+    alone.initialize_cartridge()
+    read.clear()
     alone.train()
-    assert alone.live_targets.teacher.num_prefilled == 2  # the order has the rows of a chunk together
+    assert len(read) == 2  # the order has the rows of a chunk together
 
 
 def test_rows_of_a_chunk_stand_together_and_every_row_once() -> None:
@@ -183,7 +194,7 @@ def test_rows_of_a_chunk_stand_together_and_every_row_once() -> None:
     first = list(order)
     runs = [first[i : i + 4] for i in range(0, 40, 4)]
     assert sorted(first) == list(range(43)) and first == list(order)
-    changes = sum(chunks[a] != chunks[b] for a, b in zip(first, first[1:], strict=False))
-    assert changes < 15 < sum(a != b for a, b in zip(chunks, chunks[1:], strict=False)), runs
+    changes = sum(chunks[a] != chunks[b] for a, b in itertools.pairwise(first))
+    assert changes < 15 < sum(a != b for a, b in itertools.pairwise(chunks)), runs
     order.set_epoch(1)
     assert list(order) != first

@@ -136,7 +136,7 @@ def test_logs_tell_speed_memory_and_kl(tmp_path: Path, conversations: Dataset) -
 
 def test_plot_and_model_card(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    arguments = {"gold_questions": GOLD, "eval_dataset": make_conversations(seed=1)}
+    arguments = {"gold_questions": GOLD, "eval_dataset": make_conversations(synthesis_seed=1)}
     trainer = make_trainer(tmp_path, plot=True, eval_strategy="steps", eval_steps=2, arguments=arguments)
     trainer.train()
     trainer.save_model()
@@ -251,7 +251,7 @@ def test_a_data_set_of_another_base_model_is_refused(tmp_path: Path, conversatio
         make_trainer(tmp_path, tiny_model(seed=1), conversations)
     wide = tiny_model(hidden_size=64)
     with pytest.raises(ValueError, match=r"`train_dataset\[0\]` .* hidden size is 64: .* another base model"):
-        make_trainer(tmp_path, wide, _undescribed(conversations))
+        make_trainer(tmp_path, wide, _undescribed(conversations).remove_columns("origin"))
 
 
 def test_a_data_set_of_the_same_model_in_another_dtype_is_taken(tmp_path: Path, conversations: Dataset) -> None:
@@ -263,11 +263,11 @@ def test_a_data_set_whose_fingerprint_cannot_be_compared_is_refused(tmp_path: Pa
     told = _undescribed(conversations)
     told.info.description = json.dumps({**json.loads(conversations.info.description), "format": 1})
     with pytest.raises(
-        ValueError, match=r"`train_dataset` was made by another version .* \(format 1, this one has 2\)"
+        ValueError, match=r"`train_dataset` was made by another version .* \(format 1, this one has 3\)"
     ):
         make_trainer(tmp_path, dataset=told)
     told.info.description = ""  # the remedy that the message names
-    make_trainer(tmp_path, dataset=told)
+    make_trainer(tmp_path, dataset=told.remove_columns("origin"))
 
 
 def test_a_data_set_of_another_tokenizer_is_refused(tmp_path: Path, conversations: Dataset) -> None:
@@ -278,7 +278,7 @@ def test_a_data_set_of_another_tokenizer_is_refused(tmp_path: Path, conversation
     with pytest.raises(ValueError, match="the tokenizer only 128 tokens"):
         make_trainer(tmp_path, dataset=_undescribed(beyond))
     told = _undescribed(conversations)
-    told.info.description = json.dumps({"tokenizer_fingerprint": "0" * 64})
+    told.info.description = json.dumps({"format": 3, "model_fingerprint": "", "tokenizer_fingerprint": "0" * 64})
     with pytest.raises(ValueError, match="`eval_dataset` was made with another tokenizer or chat template"):
         make_trainer(tmp_path, dataset=conversations, arguments={"eval_dataset": told})
 
