@@ -23,7 +23,7 @@ from ..conversations.folder import WRITTEN, ConversationFolder, Part, cover
 from ..conversations.loading import read_parts, without_bulk, without_rows
 from ..conversations.provenance import CorpusDigest, describe, make_identity, origin_of
 from ..conversations.report import make_report, without
-from ..conversations.rows import make_features, rows_to_dataset, with_fast_targets
+from ..conversations.rows import make_features, rows_to_dataset
 from ..corpus import Chunk, Chunker, iter_documents
 from ..model_identity import model_fingerprint, tokenizer_fingerprint
 from .dialogue import SeedPrompts
@@ -450,7 +450,7 @@ class SelfStudySynthesizer:
         if stage == WRITTEN:
             columns = [name for name in make_features("top_k") if name.startswith("teacher_")]
             dataset = dataset.remove_columns([name for name in columns if name in dataset.column_names])
-        return with_fast_targets(describe(dataset, without_bulk(manifest)))
+        return describe(dataset, without_bulk(manifest))
 
 
 class _Progress:
