@@ -130,11 +130,11 @@ class SelfStudyTrainer(PushingTrainer):
             )
         self._gap = GapEvaluation(
             model,
-            processing_class,
+            make_codec(model, processing_class, args),
             None if gold_questions is None else [dict(pair) for pair in gold_questions],
             prepared.text,
             batch_size=args.per_device_eval_batch_size,
-            without_context=without_context,
+            without_context=make_codec(model, without_context, args),
         )
         self.corpus = prepared
         self.corpus.hub_datasets = hub_datasets
