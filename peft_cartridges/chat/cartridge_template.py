@@ -44,19 +44,11 @@ def cartridge_chat_template(processing_class: Any) -> str:
     if not codec.preamble or not codec.layout.opening:
         return tokenizer.get_chat_template()
     mark, opening = json.dumps(_MARK), json.dumps(codec.layout.opening)
-    placed = f"[{{'role': 'system', 'content': {mark}}}] + messages"
+    message = json.dumps(codec.as_read({"role": "system", "content": _MARK}))
+    turns = f"{opening} + own([{message}] + messages).split({mark}, 1)[1].split({opening}, 1)[1]"
     template = (
         "{%- macro own(messages) -%}" + tokenizer.get_chat_template() + "{%- endmacro -%}"
-        "{%- if messages[0]['role'] == 'system' -%}{{ own(messages) }}"
-        "{%- else -%}{{ "
-        + opening
-        + " + own("
-        + placed
-        + ").split("
-        + mark
-        + ", 1)[1].split("
-        + opening
-        + ", 1)[1] }}{%- endif -%}"
+        "{%- if messages[0]['role'] == 'system' -%}{{ own(messages) }}{%- else -%}{{ " + turns + " }}{%- endif -%}"
     )
     codecs = [codec, ChatCodec(None, tokenizer, thoughts="drop")]  # for every mode of thinking
     for codec, messages in itertools.product(codecs, _CONVERSATIONS):

@@ -19,6 +19,8 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any, NamedTuple
 
+import jinja2
+
 from .layout import ChatLayout, Message, find_layout, get_tokenizer, has_chat_template
 from .thoughts import SWITCHES, close_thought, find_answer, opened_thought
 
@@ -151,7 +153,11 @@ class ChatCodec:
                 "`processing_class` has no chat template: pass an instruct model's tokenizer, or set "
                 "`tokenizer.chat_template`."
             )
-        return self.tokenizer.apply_chat_template(list(messages), tokenize=False, **{**self.template_kwargs, **options})
+        return self._apply([self.as_read(message) for message in messages], **options)
+
+    def as_read(self, message: Message) -> Message:
+        """A message as the chat template reads it: its text as a part, where that is how the template wants it."""
+        return _in_parts(message) if self._wants_parts else message
 
     def encode_context(self, text: str, *, chat_template: bool = True) -> list[int]:
         """Token ids of `text` as the context in front of a conversation: a system message (or, in templates without
@@ -287,6 +293,20 @@ class ChatCodec:
         return list(ids[:-1]) if self.has_ended(ids) else list(ids)
 
     # ----------------------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def _wants_parts(self) -> bool:
+        """Whether the template reads a message's text only as a part of several (as those of vision models do)."""
+        message, found = _user("A question"), []
+        for one in (message, _in_parts(message)):
+            try:
+                found.append(message["content"] in self._apply([one]))
+            except (jinja2.exceptions.UndefinedError, TypeError):
+                found.append(False)
+        return found == [False, True]
+
+    def _apply(self, messages: Sequence[Message], **options: Any) -> str:
+        return self.tokenizer.apply_chat_template(list(messages), tokenize=False, **{**self.template_kwargs, **options})
 
     @cached_property
     def _openings(self) -> tuple[str, str, str]:
@@ -431,6 +451,11 @@ def _make_marks(questions: Sequence[str]) -> list[str]:
 
 def _user(text: str) -> Message:
     return {"role": "user", "content": text}
+
+
+def _in_parts(message: Message) -> Message:
+    content = message["content"]
+    return {**message, "content": [{"type": "text", "text": content}]} if isinstance(content, str) else message
 
 
 def _assistant(text: str) -> Message:

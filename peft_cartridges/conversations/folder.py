@@ -85,8 +85,10 @@ class ConversationFolder:
     def write_manifest(self, manifest: Mapping[str, Any]) -> None:
         write_text(self.path / MANIFEST, json.dumps(manifest, indent=2, ensure_ascii=False))
 
-    def claim(self, identity: Mapping[str, Any]) -> None:
-        """Writes the manifest, or checks that the one that is there has the same address.
+    def claim(self, identity: Mapping[str, Any]) -> dict[str, Any]:
+        """Writes the manifest, or checks that the one that is there is of the same set; gives the set's identity.
+
+        A set that an engine wrote, whose weights nobody has seen, is the set of the first model that comes to score it.
 
         Raises:
             ValueError: the folder holds another set; the message names what differs.
@@ -94,18 +96,23 @@ class ConversationFolder:
         found = self.manifest()
         if found is None:
             self.write_manifest(identity)
-            return
+            return dict(identity)
         if found.get("format") != identity["format"]:
             raise ValueError(
                 f"`output_dir` ({self.path}) holds a set of another version of peft-cartridges (format "
                 f"{found.get('format')}, this one has {identity['format']}): use another `output_dir`, or carry it on "
                 "with that version."
             )
-        if found.get("address") != identity["address"]:
-            raise ValueError(
-                f"`output_dir` ({self.path}) holds another conversation set: {'; '.join(differences(identity, found))}. "
-                "Give those settings to carry it on, or another `output_dir`."
-            )
+        if found.get("address") == identity["address"]:
+            return dict(identity)
+        differing = differences(identity, found)
+        seen = found.get("model_fingerprint")
+        if [*differing] == ["model"] and seen in ("", identity["model_fingerprint"]):
+            return {**identity, **{name: found[name] for name in ("address", "base_model", "decided_by")}}
+        raise ValueError(
+            f"`output_dir` ({self.path}) holds another conversation set: {'; '.join(differing.values())}. Give those "
+            "settings to carry it on, or another `output_dir`."
+        )
 
     def parts(self, stage: str) -> list[Part]:
         """The finished parts of a stage (`written`, or a kind of targets), in order."""

@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 
 from .folder import MANIFEST, WRITTEN, ConversationFolder, Part, cover
 from .provenance import FORMAT, describe, read_provenance
-from .rows import kind_of_targets, with_fast_targets
+from .rows import kind_of_targets
 from .targets import TARGETS
 
 _ROWS_PER_PART = 1024
@@ -36,7 +36,8 @@ def load_self_study(
         targets: `hidden_states`, `top_k` or `live` (rows without targets); by default the first of them that is there.
 
     Returns:
-        Rows mapped from disk. The teacher's targets read as tensors, everything else as plain Python.
+        Rows mapped from disk. `with_fast_targets` reads the targets as tensors, as the trainer does: as Python lists of
+        numbers they are slow.
 
     Raises:
         FileNotFoundError: there is no such folder, and it is no name on the Hub.
@@ -67,7 +68,7 @@ def load_self_study(
         dataset = dataset.remove_columns(columns)
     elif targets is not None and kind_of_targets(dataset) != targets:
         raise ValueError(f"{name} has no {targets!r} targets but {kind_of_targets(dataset)!r}: score it anew.")
-    return with_fast_targets(dataset)
+    return dataset
 
 
 def read_parts(
@@ -112,7 +113,7 @@ def merge_self_study(datasets: Iterable[Dataset]) -> Dataset:
         first.setdefault(name, row)
     if len(first) < len(joined):
         joined = joined.select(list(first.values()))
-    return with_fast_targets(describe(joined, _merged(provenances, len(joined))))
+    return describe(joined, _merged(provenances, len(joined)))
 
 
 def save_self_study(dataset: Dataset, output_dir: str | Path) -> Path:

@@ -94,14 +94,14 @@ def make_identity(
     }
 
 
-def differences(here: Mapping[str, Any], there: Mapping[str, Any]) -> list[str]:
-    """What two identities with different addresses differ in, for people."""
+def differences(here: Mapping[str, Any], there: Mapping[str, Any]) -> dict[str, str]:
+    """What two identities with different addresses differ in, and how, for people."""
     mine, theirs = here.get("decided_by", {}), there.get("decided_by", {})
-    return [
-        f"{key} ({theirs.get(key)!r} there, {mine.get(key)!r} now)"
+    return {
+        key: f"{key} ({theirs.get(key)!r} there, {mine.get(key)!r} now)"
         for key in sorted(mine.keys() | theirs.keys())
         if mine.get(key) != theirs.get(key)
-    ]
+    }
 
 
 def origin_of(identity: Mapping[str, Any]) -> str:

@@ -108,7 +108,7 @@ class _Spool:
     """Arrays in a temporary file, so that a corpus of any length takes no memory."""
 
     def __init__(self) -> None:
-        self._file = tempfile.TemporaryFile(prefix="cartridges-corpus-")
+        self._file = tempfile.TemporaryFile(prefix="cartridges-corpus-")  # noqa: SIM115 (gone with the chunker)
 
     def add(self, array: np.ndarray) -> int:
         """Appends an array; gives its place."""

@@ -25,7 +25,7 @@ def gold_answer_nll(
 
     Args:
         model: A causal LM, with whatever prefix or cartridge is active on it.
-        processing_class: Its tokenizer or processor, with a chat template.
+        processing_class: Its tokenizer or processor, with a chat template, or a `ChatCodec` with it.
         questions: Pairs with `question` and `answer`.
         in_context: Whether a context stands in front already (a document by `shared_prefix`); otherwise the question is
             rendered as the chat template does without one.

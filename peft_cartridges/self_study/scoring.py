@@ -5,7 +5,7 @@ that anything may have written; each chunk is prefilled once for all conversatio
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -52,8 +52,8 @@ class ModelScorer:
         self.head = OutputHead(model)
 
     @torch.no_grad()
-    def score(self, part: Part, written: Dataset) -> Scored:
-        """The rows of a part with their targets, and how many were dropped for which reason.
+    def score(self, part: Part, written: Dataset, changes: Mapping[str, Any] | None = None) -> Scored:
+        """The rows of a part with their targets and `changes`, and how many were dropped for which reason.
 
         Rows whose targets cannot be kept (a state that is not finite, or beyond float16) are dropped and counted."""
         rows = written.with_format(None).to_list()
@@ -65,7 +65,7 @@ class ModelScorer:
             usefulness = self._usefulness(rows, found) if self.args.measures_usefulness else [None] * len(rows)
             for row, states, useful in zip(rows, found, usefulness, strict=True):
                 try:
-                    kept.append({**row, "usefulness": useful, **encode(self, states)})
+                    kept.append({**row, **(changes or {}), "usefulness": useful, **encode(self, states)})
                 except UnstorableError:
                     dropped["unstorable_targets"] += 1
         return finish(part, kept, dropped, self.args)

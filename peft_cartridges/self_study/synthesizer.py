@@ -23,7 +23,7 @@ from ..conversations.folder import WRITTEN, ConversationFolder, Part, cover
 from ..conversations.loading import read_parts, without_bulk, without_rows
 from ..conversations.provenance import CorpusDigest, describe, make_identity, origin_of
 from ..conversations.report import make_report, without
-from ..conversations.rows import make_features, rows_to_dataset, with_fast_targets
+from ..conversations.rows import make_features, rows_to_dataset
 from ..corpus import Chunk, Chunker, iter_documents
 from ..model_identity import model_fingerprint, tokenizer_fingerprint
 from .dialogue import SeedPrompts
@@ -142,12 +142,12 @@ class SelfStudySynthesizer:
         if processes.is_main:
             folder.claim(identity)
         processes.wait_for_all()
-        folder.claim(identity)
+        identity = folder.claim(identity)
         chunks = self._chunks(chunker)
         plan = self._plan(folder)
         self._check_window(chunker, chunks, plan)
         self._write(folder, plan, chunks, identity, shown=processes.is_main)
-        stage = self._score(folder, plan, shown=processes.is_main)
+        stage = self._score(folder, plan, identity, shown=processes.is_main)
         processes.wait_for_all()
         if processes.is_main:
             self._conclude(folder, stage, plan, identity, chunker.lengths)
@@ -174,7 +174,7 @@ class SelfStudySynthesizer:
         folder.claim(identity)
         start = time.perf_counter()
         self._write(folder, plan, chunks, identity, shown=False)
-        stage = self._score(folder, plan, shown=False)
+        stage = self._score(folder, plan, identity, shown=False)
         seconds = time.perf_counter() - start
         report = self._conclude(folder, stage, plan, identity, chunker.lengths)
         return self._open(folder, stage, plan), report["generated_tokens"] / seconds
@@ -291,7 +291,7 @@ class SelfStudySynthesizer:
         def keep(job: PartStudy) -> None:
             folder.write(WRITTEN, job.part, rows_to_dataset(job.rows(), features), job.report)
             if self._one_model and stage != WRITTEN:
-                self._score_here(folder, stage, job.part)
+                self._score_here(folder, stage, job.part, identity)
 
         self._run(folder, WRITTEN, plan, study, keep, "Conversations", shown)
 
@@ -350,7 +350,7 @@ class SelfStudySynthesizer:
             return f"top_k-{args.teacher_top_k}{mass}{by}"
         return args.teacher_targets
 
-    def _score(self, folder: ConversationFolder, plan: Sequence[Part], *, shown: bool) -> str:
+    def _score(self, folder: ConversationFolder, plan: Sequence[Part], identity: dict[str, Any], *, shown: bool) -> str:
         """Scores the parts that are not scored yet; gives the stage where they lie."""
         stage = self._stage()
         if stage == WRITTEN:
@@ -371,7 +371,7 @@ class SelfStudySynthesizer:
                 for part in pending:
                     with folder.claimed(stage, part) as mine:
                         if mine:
-                            self._score_here(folder, stage, part)
+                            self._score_here(folder, stage, part, identity)
                             progress.add(part)
                 pending = [part for part in pending if not folder.has(stage, part)]
                 if pending:
@@ -379,9 +379,10 @@ class SelfStudySynthesizer:
                     time.sleep(_LOOK)
         return stage
 
-    def _score_here(self, folder: ConversationFolder, stage: str, part: Part) -> None:
+    def _score_here(self, folder: ConversationFolder, stage: str, part: Part, identity: dict[str, Any]) -> None:
         assert self._scorer is not None
-        folder.write(stage, part, *self._scorer.score(part, folder.read(WRITTEN, part)))
+        origin = {"origin": origin_of(identity)}
+        folder.write(stage, part, *self._scorer.score(part, folder.read(WRITTEN, part), origin))
 
     # -- what came of it ---------------------------------------------------------------------------------------------
 
@@ -450,7 +451,7 @@ class SelfStudySynthesizer:
         if stage == WRITTEN:
             columns = [name for name in make_features("top_k") if name.startswith("teacher_")]
             dataset = dataset.remove_columns([name for name in columns if name in dataset.column_names])
-        return with_fast_targets(describe(dataset, without_bulk(manifest)))
+        return describe(dataset, without_bulk(manifest))
 
 
 class _Progress:

@@ -21,7 +21,7 @@ class GapEvaluation:
 
     Args:
         model: The PEFT model.
-        processing_class: Its tokenizer or processor.
+        processing_class: Its tokenizer or processor, or a `ChatCodec` with it.
         gold_questions: Pairs with `question` and `answer`, which training does not see.
         corpus: The text that the cartridge stands in for; without it there is no baseline with the text in context.
         batch_size: Pairs scored together.

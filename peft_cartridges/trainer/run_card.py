@@ -35,7 +35,8 @@ _RECIPE = (
 )  # fmt: skip
 _SYNTHESIS = (
     "seed_types", "recitation_share", "conversations_per_chunk", "min_chunk_tokens", "max_chunk_tokens", "num_rounds",
-    "question_temperature", "answer_temperature", "teacher_targets", "default_system_prompt",
+    "question_temperature", "answer_temperature", "teacher_targets", "thoughts",
+    "default_system_prompt",
 )  # fmt: skip
 # Metric of `evaluate` -> its name for people, and what it was measured on.
 _METRICS = {
