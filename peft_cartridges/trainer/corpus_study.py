@@ -67,6 +67,19 @@ class CorpusStudy:
         self.identity = read_provenance(dataset)
         return dataset
 
+    def write_held_out(self, model: PeftModel) -> Dataset:
+        """Conversations to evaluate on: other questions than `write` gives, and no recitations, which any cartridge that
+        began as a part of the text does well on."""
+        settings = SynthesisConfig.from_args(
+            self.args,
+            num_conversations=self.args.num_eval_conversations,
+            synthesis_seed=self.args.synthesis_seed + 1,
+            recitation_share=0.0,
+        )
+        synthesizer = SelfStudySynthesizer(model, self.processing_class, settings)
+        folder = self._folder / synthesizer.address(self.documents)[:12]
+        return synthesizer.synthesize(self.documents, output_dir=folder, corpus_name=self.name)
+
     @property
     def _folder(self) -> Path:
         return Path(self.args.output_dir or ".") / CONVERSATIONS_DIR

@@ -27,6 +27,7 @@ class SelfStudyConfig(SynthesisConfig, _BaseConfig):
         ValueError: a value is out of its range, or two do not go together; the message names them.
     """
 
+    _argument_group_name = "training (of `TrainingArguments`) and synthesis"
     _VALID_DICT_FIELDS = [*_BaseConfig._VALID_DICT_FIELDS, "model_init_kwargs", "engine_options"]  # noqa: RUF012 (as in the base)
 
     # -- the model and its cartridge -----------------------------------------------------------------------------------
@@ -171,6 +172,21 @@ class SelfStudyConfig(SynthesisConfig, _BaseConfig):
     per_device_train_batch_size: int = field(
         default=16, metadata={"help": "Conversations per step and device (paper: 64 in all)."}
     )
+    max_steps: int = field(
+        default=-1,
+        metadata={
+            "aliases": ["--steps"],
+            "help": "Optimizer steps; -1 passes over the conversations `num_train_epochs` times. With `cartridges train`, "
+            "0 only initializes the cartridge.",
+        },
+    )
+    num_eval_conversations: int = field(
+        default=0,
+        metadata={
+            "help": "Held-out conversations to evaluate on, written when training starts, where `train_dataset` is a "
+            "corpus and there is no `eval_dataset`."
+        },
+    )
     num_train_epochs: float = field(
         default=3.0,
         metadata={"help": "Passes over the conversations (the paper uses each once, and makes many more)."},
@@ -272,7 +288,7 @@ class SelfStudyConfig(SynthesisConfig, _BaseConfig):
         for name in ("jsd_beta", "on_policy_fraction"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"`{name}` must be between 0 and 1, got {getattr(self, name)}.")
-        for name in ("prompt_loss_weight", "resample_every", "on_policy_temperature"):
+        for name in ("prompt_loss_weight", "resample_every", "on_policy_temperature", "num_eval_conversations"):
             if getattr(self, name) < 0:
                 raise ValueError(f"`{name}` must not be negative, got {getattr(self, name)}.")
         if not 0 <= self.ema_decay < 1:

@@ -161,12 +161,13 @@ class SelfStudyTrainer(_BaseTrainer):
         self._checkpoints = CheckpointWriter(self)
         if isinstance(train_dataset, IterableDataset) and not args.accelerator_config.dispatch_batches:
             args.accelerator_config.dispatch_batches = False  # batches are of unequal size, so none can be cut apart
+        evaluates_later = bool(gold_questions or (self.study is not None and args.num_eval_conversations))
         super().__init__(
             model=peft_model,
             args=args,
             train_dataset=train_dataset,
             # Trainer refuses to evaluate without a data set; gold questions are enough, see `evaluate`.
-            eval_dataset=eval_dataset if eval_dataset is not None or not gold_questions else [],
+            eval_dataset=[] if eval_dataset is None and evaluates_later else eval_dataset,
             processing_class=processing_class,
             data_collator=data_collator
             or SelfStudyCollator(get_tokenizer(processing_class).pad_token_id or 0, padding_free=args.padding_free),
@@ -261,6 +262,8 @@ class SelfStudyTrainer(_BaseTrainer):
         if self.study is None or self.study.is_written:
             return
         self._place_model()
+        if self.args.num_eval_conversations and not self.eval_dataset:
+            self.eval_dataset = self.study.write_held_out(cast(PeftModel, self.model))
         start = time.perf_counter()
         self.train_dataset = self.study.write(cast(PeftModel, self.model))
         if isinstance(self.train_dataset, Dataset):
