@@ -22,9 +22,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from peft_cartridges import SelfStudySynthesizer, SynthesisConfig
 from peft_cartridges.chat import ChatCodec
-from peft_cartridges.self_study import format_report, read_report
-from peft_cartridges.self_study.chunking import Document, chunk_corpus
-from peft_cartridges.self_study.seed_prompts import PAPER_TYPES, draw_seed_prompt
+from peft_cartridges.conversations import format_report, read_report
+from peft_cartridges.corpus import Document, chunk_corpus
+from peft_cartridges.self_study.prompts import PAPER_TYPES, draw_seed_prompt
 
 
 def main() -> None:

@@ -15,6 +15,7 @@ from .tuner import CartridgeConfig, CartridgeModel
 if TYPE_CHECKING:
     from .attention import UnsupportedModelError, shared_prefix
     from .chat import ChatCodec, cartridge_chat_template
+    from .conversations import load_self_study
     from .evaluation import gold_answer_nll
     from .hub import (
         HubError,
@@ -48,6 +49,7 @@ _LAZY = {
     "initialize_cartridge": "initialization",
     "list_cartridges": "hub",
     "load_cartridge": "hub",
+    "load_self_study": "conversations",
     "pull_cartridge": "hub",
     "push_cartridge": "hub",
     "shared_prefix": "attention",
@@ -71,6 +73,7 @@ __all__ = [
     "initialize_cartridge",
     "list_cartridges",
     "load_cartridge",
+    "load_self_study",
     "pull_cartridge",
     "push_cartridge",
     "shared_prefix",

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..chat import ChatCodec
-from .teacher_targets import TopK
+from ..conversations.targets import TopK
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,6 @@ class Turn:
         answer_ids: Token ids of the answer, with the end-of-turn token if the model ended it.
         question_ended, answer_ended: Whether the model ended them, or they were cut.
         top_k: The teacher's targets for `answer_ids`, where the engine gave them along.
-        generated: Tokens that were generated for it, question and answer.
     """
 
     question: str
@@ -34,7 +33,23 @@ class Turn:
     question_ended: bool = True
     answer_ended: bool = True
     top_k: TopK | None = None
-    generated: int = 0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a conversation begins.
+
+    Args:
+        seed_type: Kind of its seed prompt.
+        prompt: What the asking side is told.
+        reasoning: What each question ends with, if its answer is to be reasoned out.
+        seed: Of its random draws.
+    """
+
+    seed_type: str
+    prompt: str
+    reasoning: str
+    seed: int
 
 
 @dataclass(frozen=True)
@@ -45,13 +60,11 @@ class Conversation:
         chunk_id: The chunk in the teacher's context.
         seed_type: What it began with.
         turns: First to last.
-        seed: Of its random draws.
     """
 
     chunk_id: str
     seed_type: str
     turns: list[Turn] = field(default_factory=list)
-    seed: int = 0
 
     @property
     def turn_ids(self) -> list[int]:
@@ -78,13 +91,14 @@ class Conversation:
 
         `input_ids` is what the student sees behind its cartridge: the turns, with `preamble` in front (by default what
         the chat template puts there without a system message). `completion_mask` marks the answers' tokens, the ones
-        that are learned.
+        that are learned. The teacher sees the chunk in context, and `input_ids` from `turns_start` on behind it.
         """
         preamble = codec.preamble if preamble is None else list(preamble)
         return {
             "messages": self.messages(codec),
             "input_ids": preamble + self.turn_ids,
             "completion_mask": [0] * len(preamble) + self.learned,
+            "turns_start": len(preamble),
             "chunk_id": self.chunk_id,
             "seed_type": self.seed_type,
         }

@@ -14,12 +14,14 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from peft_cartridges.chat import ChatCodec
+from peft_cartridges.conversations.targets import TopK
+from peft_cartridges.corpus import Chunk
 from peft_cartridges.self_study import SelfStudySynthesizer, SynthesisConfig
-from peft_cartridges.self_study.backends.base import Generation
-from peft_cartridges.self_study.chunking import Chunk
-from peft_cartridges.self_study.conversation import Conversation, Turn
-from peft_cartridges.self_study.dialogue import Dialogue, Plan, plan_dialogues
-from peft_cartridges.self_study.teacher_targets import TopK
+from peft_cartridges.self_study.conversation import Conversation, Plan, Turn
+from peft_cartridges.self_study.dialogue import Dialogue, plan_dialogue
+from peft_cartridges.self_study.engines import Generation
+from peft_cartridges.self_study.part_study import RECITATION, kind_at
+from peft_cartridges.self_study.prompts import PAPER_TYPES
 from tests.chat.families import FAMILIES
 from tests.self_study import runs
 from tests.tiny_models import tiny_model, tiny_tokenizer
@@ -140,66 +142,84 @@ def test_template_arguments_reach_every_encoding() -> None:
         SynthesisConfig(chat_template_kwargs="[1]")
 
 
-class _Script:
-    """A back end that says what it is told, and remembers what it was asked."""
-
-    def __init__(self, tokenizer: Any, lines: list[str]) -> None:
-        self.tokenizer, self.lines, self.asked = tokenizer, iter(lines), []
-
-    def generate(self, prompts: Any, **options: Any) -> list[Generation]:
-        self.asked += [self.tokenizer.decode(prompt) for prompt in prompts]
-        ids = [self.tokenizer(next(self.lines), add_special_tokens=False)["input_ids"] for _ in prompts]
-        return [Generation([*tokens, self.tokenizer.eos_token_id]) for tokens in ids]
+def _hold(
+    codec: ChatCodec, lines: list[str], args: SynthesisConfig, plan: Plan, *, top_k: bool = False
+) -> tuple[Dialogue, list[str]]:
+    """A dialogue in which the lines were sampled in turn, and what they were sampled behind."""
+    dialogue, asked, left = Dialogue(plan, (), codec, args), [], iter(lines)
+    while (request := dialogue.next()) is not None:
+        asked.append(codec.tokenizer.decode(request.prompt))
+        tokens = codec.tokenizer(next(left), add_special_tokens=False)["input_ids"][: request.max_new_tokens]
+        given = TopK(torch.zeros(len(tokens), 1).long(), -torch.ones(len(tokens), 1)) if top_k else None
+        dialogue.receive(Generation(tokens, given))
+    return dialogue, asked
 
 
 def test_two_rounds_are_asked_and_answered_in_turn() -> None:
     tokenizer = TOKENIZERS["byte-level BPE, ChatML"]
-    script = _Script(tokenizer, ["<think>Hm.</think> “Who sails?”", "The captain.", "Where to?", "To sea."])
-    dialogue = Dialogue(script, ChatCodec(None, tokenizer), SynthesisConfig(num_rounds=2))
     plan = Plan("question", "Ask a question.", "Think step by step.", 3)
-    (conversation,) = dialogue.hold(Chunk("c", "d", 0, 1, "text"), [plan])
+    said = ["<think>Hm.</think> “Who sails?”", "The captain.", "Where to?", "To sea."]
+    lines = [f"{line}{tokenizer.eos_token}" for line in said]
+    dialogue, asked = _hold(ChatCodec(None, tokenizer), lines, SynthesisConfig(num_rounds=2), plan)
+    conversation = dialogue.conversation("c")
     assert [message["content"] for message in conversation.messages(ChatCodec(None, tokenizer))] == [
         "Who sails? Think step by step.", "The captain.", "Where to? Think step by step.", "To sea.",
     ]  # fmt: skip
-    first_question, first_answer, second_question, second_answer = script.asked
+    first_question, first_answer, second_question, second_answer = asked
     assert "Ask a question." in first_question and "Ask a question." not in first_answer
     # The asking side has the questions as its own and the answers as the user's …
     assert second_question.index("Ask a question.") < second_question.index("assistant\nWho sails?")
     assert second_question.index("assistant\nWho sails?") < second_question.index("user\nThe captain.\n\n")
     # … and the answering side the other way round.
-    asked = "user\nWhere to? Think step by step.<|im_end|>\n<|im_start|>assistant\n"
-    assert second_answer.endswith(f"{asked}<think>\n\n</think>\n\n")
+    last = "user\nWhere to? Think step by step.<|im_end|>\n<|im_start|>assistant\n"
+    assert second_answer.endswith(f"{last}<think>\n\n</think>\n\n")
     assert "user\nWho sails?" in second_answer and "assistant\nThe captain.<|im_end|>" in second_answer
     assert all(turn.question_ended and turn.answer_ended for turn in conversation.turns)
 
 
 def test_an_empty_question_ends_a_conversation() -> None:
     tokenizer = TOKENIZERS["byte-level BPE, ChatML"]
-    script = _Script(tokenizer, ["", "Who?", "Me.", ""])
-    dialogue = Dialogue(script, ChatCodec(None, tokenizer), SynthesisConfig(num_rounds=2))
-    plans = [Plan("question", "Ask.", "", seed) for seed in range(2)]
-    empty, short = dialogue.hold(Chunk("c", "d", 0, 1, "text"), plans)
-    assert empty.turns == [] and len(short.turns) == 1
+    codec, args, plan = ChatCodec(None, tokenizer), SynthesisConfig(num_rounds=2), Plan("question", "Ask.", "", 0)
+    assert _hold(codec, [""], args, plan)[0].conversation("c").turns == []
+    short, _ = _hold(codec, ["Who?", "Me.", ""], args, plan)
+    assert len(short.conversation("c").turns) == 1
+
+
+def test_what_an_engine_refuses_comes_to_nothing_and_says_why() -> None:
+    codec = ChatCodec(None, TOKENIZERS["byte-level BPE, ChatML"])
+    dialogue = Dialogue(Plan("question", "Ask.", "", 0), (), codec, SynthesisConfig())
+    assert dialogue.next() is not None
+    dialogue.receive(None)
+    assert dialogue.next() is None and dialogue.lost == "refused_by_engine"
+    long = Dialogue(Plan("question", "Ask.", "", 0), tuple(range(90)), codec, SynthesisConfig(), window=100)
+    assert long.next() is None and long.lost == "too_long"
 
 
 def test_seed_prompts_of_ones_own() -> None:
     chunk, args = Chunk("c", "d", 0, 1, "the sea . the ship ."), SynthesisConfig(chain_of_thought_share=0.5)
-    plans = plan_dialogues(chunk, 200, random.Random(0), args, ["Ask this.", "Ask that."])
+    plans = [plan_dialogue(chunk, "question", random.Random(i), args, ["Ask this.", "Ask that."]) for i in range(200)]
     assert {plan.prompt for plan in plans} == {"Ask this.", "Ask that."} and {p.seed_type for p in plans} == {"custom"}
     assert 60 < sum(bool(plan.reasoning) for plan in plans) < 140
-    called = plan_dialogues(chunk, 2, random.Random(0), args, lambda chunk, rng: f"About {chunk.text[:7]}")
-    assert called[0].prompt == "About the sea"
+    called = plan_dialogue(chunk, "x", random.Random(0), args, lambda chunk, rng: f"About {chunk.text[:7]}")
+    assert called.prompt == "About the sea"
     with pytest.raises(ValueError, match="`seed_prompts` gave '' for the chunk c"):
-        plan_dialogues(chunk, 2, random.Random(0), args, lambda chunk, rng: "")
+        plan_dialogue(chunk, "x", random.Random(0), args, lambda chunk, rng: "")
     dataset = runs.synthesize(None, num_conversations=4, seed_prompts=["the sea ?"])
     assert set(dataset["seed_type"]) == {"custom"}
 
 
-def test_types_are_used_alike_often_and_seeds_differ() -> None:
-    chunk, args = Chunk("c", "d", 0, 1, "the sea . the ship ."), SynthesisConfig()
-    plans = plan_dialogues(chunk, 50, random.Random(0), args)
-    counts = {plan.seed_type: sum(p.seed_type == plan.seed_type for p in plans) for plan in plans}
-    assert set(counts.values()) == {10} and len({plan.seed for plan in plans}) == 50
+@given(
+    share=st.sampled_from([0.0, 0.25, 0.5, 0.8, 1.0]), each=st.integers(1, 40), types=st.integers(1, 5),
+    number=st.integers(1, 200),
+)  # fmt: skip
+def test_types_are_used_alike_often_wherever_a_set_ends(share: float, each: int, types: int, number: int) -> None:
+    args = SynthesisConfig(
+        conversations_per_chunk=each, recitation_share=share, seed_types=list(PAPER_TYPES[:types])
+    )  # fmt: skip
+    kinds = [kind_at(args, *divmod(index, each)) for index in range(number)]
+    assert kinds.count(RECITATION) == int(number * share + 1e-9)
+    counts = [kinds.count(name) for name in args.seed_types]
+    assert max(counts) - min(counts) <= 1
 
 
 def test_a_system_prompt_stands_in_front_of_chunk_and_student() -> None:
@@ -214,25 +234,10 @@ def test_a_system_prompt_stands_in_front_of_chunk_and_student() -> None:
     assert used == {"yes captain", "no ship"}
 
 
-class _Engine:
-    """A back end that gives top-k targets along, and says the lines in turn."""
-
-    def __init__(self, codec: ChatCodec, lines: list[str]) -> None:
-        self.codec, self.lines, self.asked = codec, iter(lines), []
-
-    def generate(self, prompts: Any, *, max_new_tokens: int, **options: Any) -> list[Generation]:
-        self.asked += [self.codec.tokenizer.decode(prompt) for prompt in prompts]
-        ids = [self.codec.tokenizer(next(self.lines), add_special_tokens=False)["input_ids"] for _ in prompts]
-        ids = [tokens[:max_new_tokens] for tokens in ids]
-        return [
-            Generation(tokens, TopK(torch.zeros(len(tokens), 1).long(), -torch.ones(len(tokens), 1))) for tokens in ids
-        ]
-
-
-def _hold(codec: ChatCodec, lines: list[str], **settings: Any) -> tuple[Conversation, _Engine]:
-    engine = _Engine(codec, lines)
-    dialogue = Dialogue(engine, codec, SynthesisConfig(max_answer_tokens=200, max_question_tokens=200, **settings))
-    return dialogue.hold(Chunk("c", "d", 0, 1, "text"), [Plan("question", "Ask.", "", 3)])[0], engine
+def _held(codec: ChatCodec, lines: list[str], **settings: Any) -> tuple[Dialogue, Conversation, list[str]]:
+    args = SynthesisConfig(max_answer_tokens=200, max_question_tokens=200, **settings)
+    dialogue, asked = _hold(codec, lines, args, Plan("question", "Ask.", "", 3), top_k=True)
+    return dialogue, dialogue.conversation("c"), asked
 
 
 @pytest.mark.parametrize("name", [*FAMILIES])
@@ -242,7 +247,7 @@ def test_two_rounds_are_what_the_template_gives_for_them(name: str) -> None:
     codec, end = ChatCodec(family.model(tokenizer), tokenizer), family.sampled_end
     space = " " if name == "Mistral 7B" else ""
     lines = [f"Who?{end}", f"{space}Ines.{end}", f"When?{end}", f"{space}Now.{end}"]
-    conversation, _ = _hold(codec, lines, num_rounds=2)
+    _, conversation, _ = _held(codec, lines, num_rounds=2)
     contents = ["Who?", f"{space}Ines.", "When?", f"{space}Now."]
     assert [message["content"] for message in conversation.messages(codec)] == contents
     messages = [{**message, "content": message["content"].strip()} for message in conversation.messages(codec)]
@@ -267,13 +272,13 @@ def test_thoughts_become_no_question_and_no_answer(thoughts: str) -> None:
         "<think>\nAsk of the keeper.\n</think>\n\nWho?<|im_end|>",
         "<think>\nIt says.\n</think>\n\nInes.<|im_end|>",
     )
-    conversation, engine = _hold(codec, [asked, said])
+    dialogue, conversation, prompts = _held(codec, [asked, said])
     (turn,) = conversation.turns
-    assert turn.question == "Who?" and "keeper" not in engine.asked[1]
+    assert turn.question == "Who?" and "keeper" not in prompts[1]
     learned = said if thoughts == "learn" else "Ines.<|im_end|>"
     assert tokenizer.decode(turn.answer_ids) == learned
-    assert turn.generated == len(codec.tokenizer(asked)["input_ids"]) + len(codec.tokenizer(said)["input_ids"])
+    assert dialogue.generated == len(codec.tokenizer(asked)["input_ids"]) + len(codec.tokenizer(said)["input_ids"])
     # A thought that was cut is no question, and no answer.
-    assert _hold(codec, ["<think>\nThe user wants me to"])[0].turns == []
+    assert _held(codec, ["<think>\nThe user wants me to"])[1].turns == []
     if thoughts != "learn":
-        assert _hold(codec, ["Who?<|im_end|>", "<think>\nThe user wants"])[0].turns == []
+        assert _held(codec, ["Who?<|im_end|>", "<think>\nThe user wants"])[1].turns == []

@@ -9,8 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from peft_cartridges import SynthesisConfig
-from peft_cartridges.self_study.recitation import draw_recitation
-from peft_cartridges.self_study.seed_prompts import PAPER_TYPES, SEED_PROMPTS, draw_seed_prompt
+from peft_cartridges.self_study.prompts import PAPER_TYPES, SEED_PROMPTS, draw_recitation, draw_seed_prompt
 
 
 def test_the_types_are_those_of_the_paper() -> None:
@@ -49,6 +48,10 @@ def test_recitations_reach_every_sentence() -> None:
         ({"answer_temperature": -1}, "`answer_temperature` must not be negative"),
         ({"thoughts": "hide"}, "`thoughts` is 'hide'; there are: skip, drop, learn"),
         ({"seed_types": ["question", "riddle"]}, "`seed_types` has .*riddle.*; there are: structuring"),
+        ({"engine": "llama.cpp"}, "`engine` is 'llama.cpp'; there are: transformers, vllm, openai"),
+        ({"engine": "openai"}, "`base_url` is missing"),
+        ({"engine_options": "[1]"}, "`engine_options` must be a mapping"),
+        ({"teacher_targets": "logits"}, "`teacher_targets` is 'logits'; there are: hidden_states, top_k, live"),
     ],
 )
 def test_settings_out_of_range_are_refused(options: dict[str, object], message: str) -> None:

@@ -10,7 +10,7 @@ from peft import get_peft_model
 
 from peft_cartridges import CartridgeConfig, KVPrefix, SelfStudySynthesizer, SynthesisConfig, initialize_cartridge
 from peft_cartridges.chat import ChatCodec
-from peft_cartridges.self_study.synthesizer import FEATURES
+from peft_cartridges.conversations import make_features
 from tests.tiny_models import tiny_model, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
@@ -32,7 +32,7 @@ def dataset() -> Dataset:
 
 
 def test_rows_have_what_training_needs(dataset: Dataset) -> None:
-    assert dataset.features == FEATURES
+    assert dataset.features == make_features("hidden_states")
     assert 10 <= len(dataset) <= 14
     assert len(set(dataset["chunk_id"])) > 1
     assert {"recitation"} < set(dataset["seed_type"])
@@ -91,7 +91,7 @@ def test_rows_are_what_the_chat_template_gives_without_a_system_role_too() -> No
 
 def test_the_same_seed_gives_the_same_rows(dataset: Dataset) -> None:
     assert _synthesize()["input_ids"] == dataset["input_ids"]
-    assert _synthesize(seed=7)["input_ids"] != dataset["input_ids"]
+    assert _synthesize(synthesis_seed=7)["input_ids"] != dataset["input_ids"]
 
 
 def test_a_cartridge_takes_no_part_in_synthesis(dataset: Dataset) -> None:

@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 
 from peft_cartridges import SelfStudySynthesizer
 from peft_cartridges.chat import ChatCodec
-from peft_cartridges.self_study import estimate_run
-from peft_cartridges.self_study.teacher_targets import (
+from peft_cartridges.conversations.targets import (
     PADDED_LOGPROB,
     HiddenStates,
     TopK,
@@ -21,6 +20,7 @@ from peft_cartridges.self_study.teacher_targets import (
     top_k_of_logits,
     top_k_of_tables,
 )
+from peft_cartridges.self_study import estimate_run
 from tests.self_study import runs
 from tests.tiny_models import tiny_model, tiny_tokenizer
 
