@@ -79,7 +79,7 @@ def ours(settings: Settings) -> dict[str, Any]:
 
 
 def peft_recipe(settings: Settings) -> dict[str, Any]:
-    from peft_cartridges.self_study.seed_prompts import PAPER_TYPES, draw_seed_prompt
+    from peft_cartridges.self_study.prompts import PAPER_TYPES, draw_seed_prompt
 
     tokenizer = AutoTokenizer.from_pretrained(settings["model"])
     document = _document(settings, tokenizer)

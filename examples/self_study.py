@@ -27,7 +27,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from trl import TrlParser
 
 from peft_cartridges import CartridgeConfig, SelfStudyConfig, SelfStudySynthesizer, SelfStudyTrainer, SynthesisConfig
-from peft_cartridges.self_study import load_corpus
+from peft_cartridges.corpus import load_corpus
 
 
 @dataclass

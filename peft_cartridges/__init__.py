@@ -9,12 +9,13 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from .model_push import wrap_push_to_hub
-from .tuner import CartridgeConfig, CartridgeModel  # registers with PEFT
+from . import peft_model as _registration  # noqa: F401
+from .tuner import CartridgeConfig, CartridgeModel
 
 if TYPE_CHECKING:
     from .attention import UnsupportedModelError, shared_prefix
-    from .cartridge_template import cartridge_chat_template
+    from .chat import ChatCodec, cartridge_chat_template
+    from .conversations import load_self_study
     from .evaluation import gold_answer_nll
     from .hub import (
         HubError,
@@ -32,8 +33,6 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-wrap_push_to_hub()
-
 _LAZY = {
     "HubError": "hub",
     "KVPrefix": "kv_prefix",
@@ -42,13 +41,15 @@ _LAZY = {
     "SelfStudyTrainer": "trainer",
     "SynthesisConfig": "self_study",
     "UnsupportedModelError": "attention",
-    "cartridge_chat_template": "cartridge_template",
+    "ChatCodec": "chat",
+    "cartridge_chat_template": "chat",
     "check_base_model": "hub",
     "compose": "hub",
     "gold_answer_nll": "evaluation",
     "initialize_cartridge": "initialization",
     "list_cartridges": "hub",
     "load_cartridge": "hub",
+    "load_self_study": "conversations",
     "pull_cartridge": "hub",
     "push_cartridge": "hub",
     "shared_prefix": "attention",
@@ -57,6 +58,7 @@ _LAZY = {
 __all__ = [
     "CartridgeConfig",
     "CartridgeModel",
+    "ChatCodec",
     "HubError",
     "KVPrefix",
     "SelfStudyConfig",
@@ -71,6 +73,7 @@ __all__ = [
     "initialize_cartridge",
     "list_cartridges",
     "load_cartridge",
+    "load_self_study",
     "pull_cartridge",
     "push_cartridge",
     "shared_prefix",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
@@ -78,14 +79,14 @@ _TEXTS = [
 ] * 3
 
 
-def _byte_level(vocabulary: int) -> Tokenizer:
+def byte_level(vocabulary: int, special: Sequence[str] = _SPECIAL) -> Tokenizer:
     """As GPT-2's: a space is a part of the word behind it. Without merges every byte is a token."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary, special_tokens=_SPECIAL, initial_alphabet=alphabet, show_progress=False
+        vocab_size=vocabulary, special_tokens=list(special), initial_alphabet=alphabet, show_progress=False
     )
     tokenizer.train_from_iterator(_TEXTS, trainer)
     return tokenizer
@@ -109,8 +110,8 @@ def _with_special_tokens(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
 
 
 CHAT_TOKENIZERS = {
-    "byte-level BPE": _with_special_tokens(_byte_level(420)),
-    "bytes": _with_special_tokens(_byte_level(256 + len(_SPECIAL))),
+    "byte-level BPE": _with_special_tokens(byte_level(420)),
+    "bytes": _with_special_tokens(byte_level(256 + len(_SPECIAL))),
     "as Gemma's": _with_special_tokens(_sentence_piece()),
     "as Llama 2's": _with_special_tokens(_sentence_piece(normalizers.Prepend("▁"))),
 }

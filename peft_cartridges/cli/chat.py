@@ -151,7 +151,7 @@ class LocalEngine:
         from transformers import AutoTokenizer
 
         from ..adapter_folder import read_cartridge
-        from ..cartridge_template import with_cartridge_chat_template
+        from ..chat import with_cartridge_chat_template
         from ..hub import check_base_model, load_cartridge, load_facts
         from ..hub.pull import find_cartridge
         from ..serving.catalog import split_revision

@@ -5,13 +5,12 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from ..serving.catalog import Sources
 from ..serving.settings import ServerSettings
 
-# What this command does not know goes to the engine, as `vllm serve` takes it.
-PASSES_ON = True
 _GIB = 1 << 30
 _ADMIN_KEY = "CARTRIDGES_ADMIN_KEY"
 
@@ -52,7 +51,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
-def run(args: argparse.Namespace, engine_arguments: list[str]) -> None:
+def parse_args(argv: Sequence[str]) -> argparse.Namespace:
+    """What this command does not know goes to the engine, which knows much more (`engine_arguments`)."""
+    parser = argparse.ArgumentParser(prog="cartridges serve", allow_abbrev=False)
+    add_arguments(parser)
+    args, others = parser.parse_known_args(argv)
+    args.engine_arguments = others
+    return args
+
+
+def run(args: argparse.Namespace) -> None:
     settings = ServerSettings(
         base=args.base,
         cartridges=_named(args.cartridges),
@@ -73,11 +81,11 @@ def run(args: argparse.Namespace, engine_arguments: list[str]) -> None:
             )
         from ..serving import vllm_server
 
-        vllm_server.run(settings, engine_arguments)
+        vllm_server.run(settings, args.engine_arguments)
     else:
         from ..serving import transformers_server
 
-        transformers_server.run(settings, engine_arguments)
+        transformers_server.run(settings, args.engine_arguments)
 
 
 def _named(cartridges: list[str]) -> dict[str, str]:

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from ..adapter_folder import read_config
-from ..attention.layers import find_attention_layers, get_text_config
+from ..attention.probe import find_attention_layers, get_text_config
 from ..tuner.config import CartridgeConfig
 from .card_facts import BaseIdentity, CardFacts, load_facts
 from .model_card import is_hub_name
@@ -162,6 +163,7 @@ def _hash_weights(model: nn.Module) -> str | None:
 
 
 def _sample(weight: Tensor) -> bytes:
-    flat = weight.detach().reshape(-1)
+    # Of a model that is sharded over processes, all of which come here.
+    flat = (weight.full_tensor() if isinstance(weight, DTensor) else weight).detach().reshape(-1)
     values = flat[:: max(1, flat.numel() // _ELEMENTS_PER_WEIGHT)][:_ELEMENTS_PER_WEIGHT]
     return values.to("cpu", torch.bfloat16).contiguous().view(torch.int16).numpy().astype("<i2").tobytes()

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from .files import write_text
+from ..atomic_files import write_text
 
 FACTS_FILE = "cartridge.json"
 _FORMAT_VERSION = 1

@@ -7,7 +7,7 @@ from typing import Any
 
 from huggingface_hub import HfApi, ModelInfo
 
-from .errors import hub_errors
+from ..hub_errors import hub_errors
 from .model_card import CARD_TAGS
 
 

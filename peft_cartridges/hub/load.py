@@ -10,10 +10,10 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from ..adapter_folder import read_cartridge
-from ..cartridge_template import with_cartridge_chat_template
+from ..chat import with_cartridge_chat_template
+from ..hub_errors import HubError
 from .base_model import check_base_model
 from .card_facts import load_facts
-from .errors import HubError
 from .model_card import is_hub_name
 from .pull import find_cartridge
 

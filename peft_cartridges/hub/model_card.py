@@ -12,8 +12,8 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
+from ..atomic_files import write_text
 from .card_facts import CardFacts, Metric, Part, save_facts
-from .files import write_text
 
 __all__ = ["CARD_TAGS", "CardFacts", "Metric", "Part", "build_model_card", "write_model_card"]
 

@@ -13,8 +13,8 @@ from huggingface_hub import HfApi, constants, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, RevisionNotFoundError
 
 from ..adapter_folder import CONFIG_FILE, WEIGHTS_FILE, missing_weights, read_cartridge
+from ..hub_errors import HubError, hub_errors, is_network_error
 from .card_facts import FACTS_FILE
-from .errors import HubError, hub_errors, is_network_error
 from .model_card import is_hub_name
 
 # Figures of the card, beside it.

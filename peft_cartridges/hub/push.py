@@ -14,12 +14,12 @@ from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi
 from peft import PeftModel
 
 from ..adapter_folder import CONFIG_FILE, WEIGHTS_FILE, read_cartridge
+from ..atomic_files import write_text
+from ..hub_errors import HubError, hub_errors
 from ..kv_prefix import KVPrefix
 from ..tuner import CartridgeConfig, CartridgeModel
 from .base_model import identify_base_model
 from .card_facts import FACTS_FILE, CardFacts, current_package_versions, load_facts, save_facts
-from .errors import HubError, hub_errors
-from .files import write_text
 from .memory_figure import add_memory_figure
 from .model_card import is_edited, is_hub_name, write_model_card
 from .pull import IMAGE_FILE
@@ -177,7 +177,7 @@ def complete_facts(
         "base_model": config.base_model_name_or_path,
         "base_model_revision": config.revision,
         "package_versions": current_package_versions(),
-        "base_identity": None if model is None else identify_base_model(model),
+        "base_identity": None if model is None or facts.base_identity else identify_base_model(model),
     }
     return dataclasses.replace(facts, **{key: value for key, value in found.items() if not getattr(facts, key)})
 

@@ -1,24 +1,21 @@
-"""Self-study: the model writes conversations about a corpus that it has in context."""
+"""Self-study: the model writes conversations about a corpus that it has in context, and says how it would answer."""
 
-from .chunking import Chunk, Document
-from .corpus import load_corpus
-from .dataset_card import make_dataset_card, push_self_study
+from .engines import Engine, EngineError, OpenAIEngine, TransformersEngine, VLLMEngine
 from .estimate import estimate_run
-from .preview import format_conversation
+from .quality import Candidate, QualityFilter, register_filter
 from .synthesis_config import SynthesisConfig
-from .synthesis_report import format_report, read_report
 from .synthesizer import SelfStudySynthesizer
 
 __all__ = [
-    "Chunk",
-    "Document",
+    "Candidate",
+    "Engine",
+    "EngineError",
+    "OpenAIEngine",
+    "QualityFilter",
     "SelfStudySynthesizer",
     "SynthesisConfig",
+    "TransformersEngine",
+    "VLLMEngine",
     "estimate_run",
-    "format_conversation",
-    "format_report",
-    "load_corpus",
-    "make_dataset_card",
-    "push_self_study",
-    "read_report",
+    "register_filter",
 ]

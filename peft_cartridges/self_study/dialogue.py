@@ -1,184 +1,173 @@
-"""How conversations come about: one side asks from a seed prompt, the other answers, both with the chunk in context."""
+"""How a conversation comes about: one side asks from a seed prompt, the other answers, both with the chunk in context.
+
+A dialogue says what is to be sampled next and is told what was; who samples it, and when, is none of its business.
+"""
 
 from __future__ import annotations
 
-import itertools
 import random
-import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
 
-from ..chat import encode_turns, get_tokenizer
-from .backends.base import ContextSession, Generation
-from .chunking import Chunk
-from .conversation import Conversation, Turn, encode_answer, encode_next_question, encode_question
-from .recitation import draw_recitation, split_sentences
-from .seed_prompts import CHAIN_OF_THOUGHT, FOLLOW_UPS, draw_seed_prompt
+from ..chat import ChatCodec
+from ..corpus import Chunk, split_sentences
+from ..corpus.sentences import first_words
+from .conversation import Conversation, Plan, Turn
+from .engines import Generation, Request
+from .prompts import CHAIN_OF_THOUGHT, FOLLOW_UPS, draw_recitation, draw_seed_prompt
 from .synthesis_config import SynthesisConfig
 
 SeedPrompts = Sequence[str] | Callable[[Chunk, random.Random], str]
 
-_THOUGHTS = re.compile(r"^.*?</think(?:ing)?>", re.DOTALL)
 # A quoted passage is at most this long, in words (or, in scripts without spaces, in characters).
-_FOCUS_WORDS, _FOCUS_CHARACTERS = 60, 400
+FOCUS_WORDS = 60
 
 
-@dataclass(frozen=True)
-class Plan:
-    """How a conversation begins.
-
-    Args:
-        seed_type: Kind of its seed prompt.
-        prompt: What the asking side is told.
-        reasoning: What each question ends with, if its answer is to be reasoned out.
-        seed: Of its random draws.
-    """
-
-    seed_type: str
-    prompt: str
-    reasoning: str
-    seed: int
-
-
-def plan_dialogues(
-    chunk: Chunk, number: int, rng: random.Random, args: SynthesisConfig, seed_prompts: SeedPrompts | None = None
-) -> list[Plan]:
-    """So many conversations about a chunk, its seed types alike often.
+def plan_dialogue(
+    chunk: Chunk, seed_type: str, rng: random.Random, args: SynthesisConfig, seed_prompts: SeedPrompts | None = None
+) -> Plan:
+    """How a conversation about a chunk begins.
 
     Raises:
         ValueError: a callable `seed_prompts` gives no text.
     """
-    types = itertools.cycle(rng.sample(args.seed_types, len(args.seed_types)))
-    sentences = split_sentences(chunk.text)
-    plans = []
-    for seed_type in itertools.islice(types, number):
-        if seed_prompts is None:
-            passage = _shorten(rng.choice(sentences)) if rng.random() < args.focus_share else None
-            prompt = draw_seed_prompt(seed_type, rng, passage=passage)
-        elif callable(seed_prompts):
-            seed_type, prompt = "custom", seed_prompts(chunk, rng)
-        else:
-            seed_type, prompt = "custom", rng.choice(seed_prompts)
-        if not isinstance(prompt, str) or not prompt.strip():
-            raise ValueError(f"`seed_prompts` gave {prompt!r} for the chunk {chunk.id}, not a text.")
-        reasoning = rng.choice(CHAIN_OF_THOUGHT) if rng.random() < args.chain_of_thought_share else ""
-        plans.append(Plan(seed_type, prompt, reasoning, rng.getrandbits(62)))
-    return plans
+    if seed_prompts is None:
+        passage = None
+        if rng.random() < args.focus_share:
+            passage = first_words(" ".join(rng.choice(split_sentences(chunk.text)).split()), FOCUS_WORDS)
+        prompt = draw_seed_prompt(seed_type, rng, passage=passage)
+    elif callable(seed_prompts):
+        seed_type, prompt = "custom", seed_prompts(chunk, rng)
+    else:
+        seed_type, prompt = "custom", rng.choice(seed_prompts)
+    if not isinstance(prompt, str) or not prompt.strip():
+        raise ValueError(f"`seed_prompts` gave {prompt!r} for the chunk {chunk.id}, not a text.")
+    reasoning = rng.choice(CHAIN_OF_THOUGHT) if rng.random() < args.chain_of_thought_share else ""
+    return Plan(seed_type, prompt, reasoning, rng.getrandbits(62))
 
 
-def recite(chunk: Chunk, processing_class: Any, rng: random.Random) -> Conversation:
-    """A conversation whose answer is a passage of the chunk."""
-    seed = rng.getrandbits(62)
+def recite(chunk: Chunk, codec: ChatCodec, rng: random.Random) -> Conversation:
+    """A conversation whose answer is a passage of the chunk.
+
+    Raises:
+        ValueError: the chat template changes the question or the answer.
+    """
     question, answer = draw_recitation(chunk.text, rng)
-    prompt_ids = encode_question(processing_class, question)
-    turn = Turn(question, prompt_ids, encode_answer(processing_class, question, answer))
-    return Conversation(chunk.id, "recitation", [turn], seed)
+    return Conversation(chunk.id, "recitation", [Turn(question, *codec.encode_exchange(question, answer))])
 
 
 class Dialogue:
-    """Holds planned conversations.
+    """Holds a planned conversation.
 
     Args:
-        session: A back end with the chunk in context.
-        processing_class: Tokenizer or processor.
+        plan: How it begins.
+        context: Token ids of the chunk in context.
+        codec: Renders and reads what is said.
         args: Lengths, temperatures and rounds.
-        end_ids: Token ids that end a turn.
-        room: Tokens that fit behind the chunk; `None` where that is unknown.
+        window: Tokens that context and turns may have together; `None` where that is unknown.
     """
 
     def __init__(
         self,
-        session: ContextSession,
-        processing_class: Any,
+        plan: Plan,
+        context: tuple[int, ...],
+        codec: ChatCodec,
         args: SynthesisConfig,
-        end_ids: set[int],
-        room: int | None = None,
+        window: int | None = None,
     ) -> None:
-        self.session = session
-        self.processing_class = processing_class
-        self.args = args
-        self.end_ids = end_ids
-        self.room = room
+        self.plan, self.context, self.codec, self.args, self.window = plan, context, codec, args, window
+        self.lost: str | None = None  # why it came to nothing, where that is nothing a filter would say
+        self._questions: list[str] = []
+        self._prompts: list[list[int]] = []  # what each answer was sampled behind
+        self._answers: list[list[int]] = []
+        self._asked: list[Generation] = []
+        self._answered: list[Generation] = []
+        self._over = False
 
-    def hold(self, chunk: Chunk, plans: Sequence[Plan]) -> list[Conversation]:
-        """All rounds of the conversations, in the order of `plans`; one whose first question is empty has no turns, one
-        whose later question is empty ends there."""
-        conversations = [Conversation(chunk.id, plan.seed_type, [], plan.seed) for plan in plans]
-        going = list(range(len(plans)))
-        for number in range(self.args.num_rounds):
-            asked = self._generate(
-                [self._asking(plans[i], conversations[i]) for i in going],
-                [_seed(plans[i], number, "question") for i in going],
-                self.args.max_question_tokens,
-                self.args.question_temperature,
-            )
-            questions = dict(zip(going, asked, strict=True))
-            going = [i for i in going if self._text(questions[i].token_ids)]
-            turns: list[Turn] = []
-            for i in going:
-                question = f"{self._text(questions[i].token_ids)} {plans[i].reasoning}".strip()
-                prompt_ids = self._answering(conversations[i], question)
-                turns.append(
-                    Turn(question, prompt_ids, [], self._ended(questions[i]), generated=len(questions[i].token_ids))
+    def next(self) -> Request | None:
+        """What is to be sampled next; `None` when the conversation is over."""
+        round_number = len(self._answers)
+        if self._over or round_number == self.args.num_rounds:
+            return None
+        asking = len(self._questions) == round_number
+        if asking:
+            prompt, longest = self._asking(), self.args.max_question_tokens
+            temperature, side = self.args.question_temperature, "question"
+        else:
+            try:
+                prompt, longest = self.codec.encode_prompt(self._questions, self._answers), self.args.max_answer_tokens
+            except ValueError:
+                self._lose("not_renderable")
+                return None
+            temperature, side = self.args.answer_temperature, "answer"
+            self._prompts.append(prompt)
+        if self.window is not None and len(self.context) + len(prompt) + longest > self.window:
+            self._lose("too_long")
+            return None
+        seed = random.Random(f"{self.plan.seed}/{round_number}/{side}").getrandbits(62)
+        return Request(self.context, prompt, longest, temperature, seed)
+
+    def receive(self, generation: Generation | None) -> None:
+        """What was sampled; `None` if the engine refused to."""
+        if generation is None:
+            self._lose("refused_by_engine")
+        elif len(self._questions) == len(self._answers):
+            self._asked.append(generation)
+            # Without thoughts, and without quotation marks around it.
+            question = self.codec.read(generation.token_ids).strip().strip('"“”').strip()
+            if question:
+                self._questions.append(f"{question} {self.plan.reasoning}".strip())
+            self._over = not question
+        else:
+            self._answered.append(generation)
+            self._answers.append(self.codec.take_answer(generation.token_ids))
+            # Empty where a thinking model did not come to the end of its thought.
+            self._over = not self._answers[-1]
+
+    @property
+    def generated(self) -> int:
+        """Tokens that were sampled so far."""
+        return sum(len(one.token_ids) for one in (*self._asked, *self._answered))
+
+    def conversation(self, chunk_id: str) -> Conversation:
+        """What was said, as it is trained; without turns if it came to nothing. What an engine said of an answer's
+        tokens is kept where they stand behind the very tokens that they were sampled behind."""
+        answers = [answer for answer in self._answers if answer]
+        questions = self._questions[: len(answers)]
+        turns: list[Turn] = []
+        front: list[int] = []
+        try:
+            exchanges = self.codec.encode_dialogue(questions, answers) if answers and self.lost is None else []
+        except ValueError:
+            exchanges, self.lost = [], "not_renderable"
+        for number, (prompt_ids, answer_ids) in enumerate(exchanges):
+            asked, answered = self._asked[number], self._answered[number]
+            front += prompt_ids
+            same = front == self._prompts[number] and answer_ids == answered.token_ids
+            front += answer_ids
+            turns.append(
+                Turn(
+                    questions[number],
+                    prompt_ids,
+                    answer_ids,
+                    self._ended(asked),
+                    self._ended(answered),
+                    answered.top_k if same else None,
                 )
-            answers = self._generate(
-                [conversations[i].turn_ids + turn.prompt_ids for i, turn in zip(going, turns, strict=True)],
-                [_seed(plans[i], number, "answer") for i in going],
-                self.args.max_answer_tokens,
-                self.args.answer_temperature,
             )
-            for i, turn, answer in zip(going, turns, answers, strict=True):
-                changes: dict[str, Any] = {"answer_ids": answer.token_ids, "top_k": answer.top_k}
-                changes["answer_ended"] = self._ended(answer)
-                changes["generated"] = turn.generated + len(answer.token_ids)
-                conversations[i].turns.append(replace(turn, **changes))
-        return conversations
+        return Conversation(chunk_id, self.plan.seed_type, turns)
 
-    def _asking(self, plan: Plan, conversation: Conversation) -> list[int]:
+    def _asking(self) -> list[int]:
         """Token ids for the asking side, to whom the questions are its own and the answers the user's. They are not
         trained on, so it does not matter that they are encoded anew."""
-        messages = [{"role": "user", "content": plan.prompt}]
-        for number, turn in enumerate(conversation.turns):
-            answer = self._decode(turn.answer_ids)
-            follow_up = random.Random(f"{plan.seed}/{number}").choice(FOLLOW_UPS)
-            messages.append({"role": "assistant", "content": turn.question})
-            messages.append({"role": "user", "content": f"{answer}\n\n{follow_up}"})
-        return encode_turns(self.processing_class, messages, add_generation_prompt=True)
+        messages = [{"role": "user", "content": self.plan.prompt}]
+        for number, (question, answer) in enumerate(zip(self._questions, self._answers, strict=True)):
+            follow_up = random.Random(f"{self.plan.seed}/{number}").choice(FOLLOW_UPS)
+            messages.append({"role": "assistant", "content": question})
+            messages.append({"role": "user", "content": f"{self.codec.read(answer)}\n\n{follow_up}"})
+        return self.codec.encode_request(messages)
 
-    def _answering(self, conversation: Conversation, question: str) -> list[int]:
-        if not conversation.turns:
-            return encode_question(self.processing_class, question)
-        return encode_next_question(self.processing_class, conversation.turns[-1].answer_ids, question)
-
-    def _generate(
-        self, prompts: list[list[int]], seeds: list[int], max_new_tokens: int, temperature: float
-    ) -> list[Generation]:
-        if not prompts:
-            return []
-        longest = max(map(len, prompts))
-        if self.room is not None and longest + max_new_tokens > self.room:
-            raise ValueError(
-                f"A turn of {longest} + {max_new_tokens} tokens does not fit behind its chunk: the model's window has "
-                f"{self.room} tokens left. Lower `max_chunk_tokens`, `max_question_tokens`, `max_answer_tokens` or "
-                "`num_rounds`."
-            )
-        return self.session.generate(prompts, max_new_tokens=max_new_tokens, temperature=temperature, seeds=seeds)
+    def _lose(self, reason: str) -> None:
+        self.lost, self._over = reason, True
 
     def _ended(self, generation: Generation) -> bool:
-        return generation.ended or (bool(generation.token_ids) and generation.token_ids[-1] in self.end_ids)
-
-    def _decode(self, ids: list[int]) -> str:
-        return get_tokenizer(self.processing_class).decode(ids, skip_special_tokens=True)
-
-    def _text(self, ids: list[int]) -> str:
-        """A question without thoughts and quotation marks around it."""
-        return _THOUGHTS.sub("", self._decode(ids), count=1).strip().strip('"“”').strip()
-
-
-def _seed(plan: Plan, number: int, side: str) -> int:
-    return random.Random(f"{plan.seed}/{number}/{side}").getrandbits(62)
-
-
-def _shorten(passage: str) -> str:
-    return " ".join(passage.split()[:_FOCUS_WORDS])[:_FOCUS_CHARACTERS]
+        return generation.ended or self.codec.has_ended(generation.token_ids)

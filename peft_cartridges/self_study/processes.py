@@ -1,9 +1,9 @@
-"""Sharing a run's chunks among the processes that accelerate started."""
+"""The processes that accelerate started, which share the parts of a set."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -41,10 +41,14 @@ class Processes:
     def is_main(self) -> bool:
         return self.index == 0
 
-    def share(self, numbers: Sequence[int]) -> list[int]:
-        """This process's part of some chunk numbers. It goes by the number alone, so that it stays the same when some
-        are done already."""
-        return [number for number in numbers if number % self.count == self.index]
+    def same(self, make: Callable[[], Any]) -> Any:
+        """What the main process makes, in every process."""
+        if self._state is None:
+            return make()
+        from accelerate.utils import broadcast_object_list
+
+        (made,) = broadcast_object_list([make() if self.is_main else None])
+        return made
 
     def wait_for_all(self) -> None:
         if self._state is not None:

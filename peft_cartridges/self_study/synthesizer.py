@@ -1,45 +1,56 @@
-"""`SelfStudySynthesizer`: a model writes conversations about a corpus, and how it would answer with it in context."""
+"""`SelfStudySynthesizer`: a model writes conversations about a corpus, and says how it would answer with it in context."""
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import itertools
-import json
-import random
+import shutil
+import tempfile
+import time
 from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, concatenate_datasets
+from datasets import Dataset
 from torch import nn
+from tqdm.auto import tqdm
 
-from ..cartridge_template import with_cartridge_chat_template
-from .backends import Backend, TransformersBackend
-from .chat_template_arguments import WithTemplateArguments, parse_template_arguments
-from .chunk_study import ChunkStudy
-from .chunking import Chunk, Chunker, Document, as_documents
+from ..chat import ChatCodec, with_cartridge_chat_template
+from ..conversations.folder import WRITTEN, ConversationFolder, Part, cover
+from ..conversations.loading import read_parts, without_bulk, without_rows
+from ..conversations.provenance import CorpusDigest, describe, make_identity, origin_of
+from ..conversations.report import make_report, without
+from ..conversations.rows import make_features, rows_to_dataset
+from ..corpus import Chunk, Chunker, iter_documents
+from ..model_identity import model_fingerprint, tokenizer_fingerprint
 from .dialogue import SeedPrompts
-from .features import FEATURES, make_features
+from .dispatch import Dispatcher, Job
+from .engines import Engine, Outcome, TransformersEngine, make_engines
+from .part_study import PartStudy
 from .processes import Processes
-from .progress import Progress
 from .quality import Candidate, make_filters
-from .run_identity import claim_folder, run_identity, write_run_file
-from .shards import Shards, ShardsInMemory
+from .scoring import EngineScoring, ModelScorer
 from .synthesis_config import SynthesisConfig
-from .synthesis_report import make_report
 
-__all__ = ["FEATURES", "SelfStudySynthesizer"]
+# Parts whose first requests are measured against the window before anything runs.
+_PARTS_MEASURED = 32
+# Seconds between looks at parts that somebody else is making.
+_LOOK = 0.5
 
 
 class SelfStudySynthesizer:
-    """Makes a self-study data set (arXiv 2506.06266): for each chunk of a corpus the model asks questions (A) and
-    answers them (B), both with the chunk in context, which is prefilled once and shared by all.
+    """Makes a conversation set (arXiv 2506.06266): about each chunk of a corpus a model asks questions (A) and answers
+    them (B), both with the chunk in context; then the teacher's targets are computed.
 
     Args:
-        model: A transformers causal LM, or a PEFT model (its cartridge is disabled meanwhile); `None` with a `backend`
-            that has a model of its own.
+        model: A transformers causal LM, or a PEFT model (its cartridge is disabled meanwhile). It scores, and writes
+            too unless `args.engine` names another engine; `None` where an engine does all.
         processing_class: Tokenizer or processor of the model, with a chat template.
         args: Settings.
-        backend: What generates and scores, instead of `model`: `VLLMBackend` or `OpenAIBackend`.
+        engines: What writes, instead of what `args.engine` names: one or many `Engine`s of one model.
         seed_prompts: Texts, or a callable that is given a chunk and a `random.Random` and gives a text; used instead
             of the built-in seed prompts.
 
@@ -51,7 +62,7 @@ class SelfStudySynthesizer:
     ```
 
     Raises:
-        ValueError: the back end cannot give the targets that `args.teacher_targets` wants.
+        ValueError: nothing that was given can give the targets that `args.teacher_targets` wants.
     """
 
     def __init__(
@@ -60,178 +71,435 @@ class SelfStudySynthesizer:
         processing_class: Any,
         args: SynthesisConfig | None = None,
         *,
-        backend: Backend | None = None,
+        engines: Engine | Sequence[Engine] | None = None,
         seed_prompts: SeedPrompts | None = None,
     ) -> None:
         self.args = args if args is not None else SynthesisConfig()
         if not self.args.default_system_prompt:
             processing_class = with_cartridge_chat_template(processing_class)
-        arguments = parse_template_arguments(self.args.chat_template_kwargs)
-        self.processing_class = WithTemplateArguments(processing_class, arguments) if arguments else processing_class
-        if backend is None:
-            if model is None:
-                raise ValueError("`model` is missing: pass a causal LM, or a `backend` that has one.")
-            batch_size, refill = self.args.generation_batch_size, self.args.refill_finished_rows
-            backend = TransformersBackend(model, processing_class, batch_size=batch_size, refill=refill)
-        if self.args.teacher_targets not in backend.target_kinds:
+        self.codec = ChatCodec(model, processing_class, self.args.chat_template_kwargs, thoughts=self.args.thoughts)
+        kind = self.args.teacher_targets
+        wants_top_k = model is None and (kind == "top_k" or self.args.measures_usefulness)
+        if engines is None:
+            top_k = self.args.teacher_top_k if wants_top_k else 0
+            engines = make_engines(self.args, model, self.codec, top_k=top_k)
+        self.engines = [engines] if isinstance(engines, Engine) else list(engines)
+        if not self.engines:
+            raise ValueError("`engines` is empty: give at least one.")
+        if model is None:
+            model = next((one.model for one in self.engines if isinstance(one, TransformersEngine)), None)
+        if model is None and kind == "hidden_states":
             raise ValueError(
-                f"`teacher_targets` is {self.args.teacher_targets!r}, but {type(backend).__name__} gives "
-                f"{', '.join(backend.target_kinds)} only: set `teacher_targets={backend.target_kinds[0]!r}`."
+                '`teacher_targets` is "hidden_states", which engines do not give: pass the `model` to score with, or set '
+                '`teacher_targets="live"` (computed in the training step) or `"top_k"`.'
             )
-        self.backend: Backend = backend
+        scores = model is None and (kind == "top_k" or self.args.measures_usefulness)
+        if scores and not all(one.gives_top_k and one.k >= self.args.teacher_top_k for one in self.engines):  # type: ignore[attr-defined]
+            raise ValueError(
+                f"`teacher_top_k` is {self.args.teacher_top_k}, but an engine gives fewer log-probabilities: lower it, "
+                "make the engine with a larger `top_k` (most give at most 20), or pass the `model` to score with."
+            )
+        self.model = model
+        self._engine_scores = scores
+        here = [one for one in self.engines if isinstance(one, TransformersEngine) and one.model is model]
+        self._scorer = ModelScorer(model, self.codec, self.args, here[0].prefixes if here else None) if model else None
+        self._one_model = len(here) == len(self.engines) == 1
         self.seed_prompts: SeedPrompts | None = seed_prompts or self.args.seed_prompts or None
+
+    # -- what users call ---------------------------------------------------------------------------------------------
 
     def synthesize(
         self, corpus: Any, output_dir: str | Path | None = None, *, corpus_name: str | None = None
     ) -> Dataset:
-        """The data set of a corpus.
+        """The conversation set of a corpus.
 
         Args:
-            corpus: A text, several texts, or rows with a `text` column; see `as_documents` (and `load_corpus` for
-                files, folders and data sets by name).
-            output_dir: Where finished chunks are kept. A run that was killed is carried on by the same call, and
-                processes that accelerate launched share the chunks. Without it all is in memory, and each process
-                makes the whole data set.
-            corpus_name: Stands in the data set's description.
+            corpus: A text, several texts, or rows with a `text` column, also a stream of them; see `as_documents` (and
+                `load_corpus` for files, folders and data sets by name).
+            output_dir: The set's folder. The same call carries on a run that was killed, extends a set (with another
+                `num_conversations`), or gives it other targets; several processes and jobs share the work. Without it
+                the set lies in a temporary folder until the process ends.
+            corpus_name: Stands in the set's description.
 
         Returns:
             Rows with `messages`, `input_ids` (what the student sees behind its cartridge), `completion_mask` (1 where a
-            token is learned), the teacher's targets (`teacher_hidden_states`, flat `[learned tokens * hidden_size]`;
-            or `teacher_top_k_ids` and `teacher_top_k_logprobs`, flat `[learned tokens * k]`), `chunk_id`, `context`
-            (the text in the teacher's context), `seed_type`, and `usefulness` where that is measured. Its
-            `info.description` is JSON: what it was made from and what came of it; see `read_report`.
+            token is learned), `turns_start` (where what the teacher sees too begins), the teacher's targets
+            (`teacher_hidden_states`, flat `[learned tokens * hidden_size]`; or `teacher_top_k_ids` and
+            `teacher_top_k_logprobs`, flat `[learned tokens * k]`; or none, if they are `live`), `chunk_id`, `context`
+            (the text in the teacher's context), `seed_type`, `id`, `origin`, and `usefulness` where that is measured.
+            `read_report` gives what it was made from and what came of it.
 
         Raises:
             ValueError: the corpus is empty or has no `text`, a chunk does not fit into the model's window, nothing was
-                kept, or `output_dir` holds another run.
-            BackendError: the back end failed for good; finished chunks are kept in `output_dir`.
+                kept, or `output_dir` holds another set.
+            EngineError: no engine answers any more; what was finished is kept in `output_dir`.
         """
-        documents = as_documents(corpus)
-        chunker = self._chunker(documents)
-        identity = run_identity(
-            self.backend,
-            self.processing_class,
-            self.args,
-            documents,
-            corpus_name=corpus_name or _dataset_name(corpus),
-            seed_prompts=self.seed_prompts,
-        )
-        plan = self._plan(chunker)
         processes = Processes()
-        features = make_features(self.args)
-        shards: Shards | ShardsInMemory
-        if output_dir is None:
-            shards, mine = ShardsInMemory(features), list(range(len(plan)))
-        else:
-            if processes.is_main:
-                claim_folder(Path(output_dir), identity)
-            processes.wait_for_all()
-            if not processes.is_main:
-                claim_folder(Path(output_dir), identity)
-            shards, mine = Shards(output_dir, features), processes.share(range(len(plan)))
-        self._work(plan, mine, shards, shown=processes.is_main)
+        digest = CorpusDigest(corpus_name or _dataset_name(corpus))
+        chunker = self._chunker(digest.reading(iter_documents(corpus)))
+        identity = self._identity(digest.identity())
+        folder = ConversationFolder(processes.same(lambda: output_dir or _temporary_folder()))
+        if processes.is_main:
+            folder.claim(identity)
         processes.wait_for_all()
-        dataset, report = self._assemble(shards, len(plan), chunker.lengths)
-        description = {**identity, "report": report}
-        if output_dir is not None and processes.is_main:
-            shards.remove_leftovers()
-            write_run_file(Path(output_dir), description)
-        if not len(dataset):
-            raise ValueError(
-                f"No conversation of {report['made']} was kept ({report['dropped']}): loosen `quality_filters`, "
-                "`min_usefulness`, `max_question_tokens` or `max_answer_tokens`, or use a stronger model."
-            )
-        dataset.info.description = json.dumps(description, ensure_ascii=False)
-        return dataset
+        identity = folder.claim(identity)
+        chunks = self._chunks(chunker)
+        plan = self._plan(folder)
+        self._check_window(chunker, chunks, plan)
+        self._write(folder, plan, chunks, identity, shown=processes.is_main)
+        stage = self._score(folder, plan, identity, shown=processes.is_main)
+        processes.wait_for_all()
+        if processes.is_main:
+            self._conclude(folder, stage, plan, identity, chunker.lengths)
+        processes.wait_for_all()
+        return self._open(folder, stage, plan)
 
     def preview(self, corpus: Any, number: int = 4) -> tuple[Dataset, float]:
         """A few conversations from all over a corpus, with the run's settings; and the tokens that were generated per
         second meanwhile. The first ones of a run with the same seed are not the same: a preview spreads over more
-        chunks."""
-        chunker = self._chunker(as_documents(corpus))
-        chunks = list(itertools.islice(chunker.chunks(self.args.seed), min(number, 4)))
-        plan = [(chunk, number // len(chunks) + (i < number % len(chunks))) for i, chunk in enumerate(chunks)]
-        shards = ShardsInMemory(make_features(self.args))
-        progress = self._work(plan, list(range(len(plan))), shards, shown=False)
-        return self._assemble(shards, len(plan), chunker.lengths)[0], progress.tokens_per_second
+        chunks.
 
-    def _chunker(self, documents: list[Document]) -> Chunker:
+        Raises:
+            ValueError: `number` is below 1, or as `synthesize`.
+        """
+        if number < 1:
+            raise ValueError(f"A preview shows at least 1 conversation, got {number}.")
+        digest = CorpusDigest()
+        chunker = self._chunker(digest.reading(iter_documents(corpus)))
+        identity = self._identity(digest.identity())
+        chunks = dict(enumerate(itertools.islice(chunker.chunks(self.args.synthesis_seed), min(number, 4))))
+        plan = [Part(i, 0, number // len(chunks) + (i < number % len(chunks))) for i in chunks]
+        self._check_window(chunker, chunks, plan)
+        folder = ConversationFolder(_temporary_folder())
+        folder.claim(identity)
+        start = time.perf_counter()
+        self._write(folder, plan, chunks, identity, shown=False)
+        stage = self._score(folder, plan, identity, shown=False)
+        seconds = time.perf_counter() - start
+        report = self._conclude(folder, stage, plan, identity, chunker.lengths)
+        return self._open(folder, stage, plan), report["generated_tokens"] / seconds
+
+    def address(self, corpus: Any) -> str:
+        """What the set of a corpus is addressed by: 64 hexadecimal digits, of all that decides its content (corpus,
+        model, chat template, recipe, `synthesis_seed`)."""
+        digest = CorpusDigest()
+        for _ in digest.reading(iter_documents(corpus)):
+            pass
+        return self._identity(digest.identity())["address"]
+
+    # -- what there is to do -----------------------------------------------------------------------------------------
+
+    def _identity(self, corpus: dict[str, Any]) -> dict[str, Any]:
+        settings = {field.name: getattr(self.args, field.name) for field in fields(SynthesisConfig)}
+        if self.seed_prompts is not None:
+            own = self.seed_prompts
+            named = getattr(own, "__qualname__", type(own).__qualname__) if callable(own) else list(own)
+            settings["seed_prompts"] = named
+        engine = self.engines[0]
+        return make_identity(
+            base_model=engine.model_name if self.model is None else _name_of(self.model),
+            model_fingerprint=engine.fingerprint if self.model is None else model_fingerprint(self.model),
+            tokenizer_fingerprint=tokenizer_fingerprint(self.codec),
+            corpus=corpus,
+            settings=settings,
+            content_settings=SynthesisConfig.content_settings(),
+        )
+
+    def _chunker(self, documents: Iterable[Any]) -> Chunker:
         args = self.args
-        chunker = Chunker(
+        return Chunker(
             documents,
-            self.processing_class,
+            self.codec,
             min_tokens=args.min_chunk_tokens,
             max_tokens=args.max_chunk_tokens,
             mode=args.chunking,
         )
-        longest = min(args.max_chunk_tokens, max(chunker.lengths.values()))
-        needed = longest + args.num_rounds * max(args.max_question_tokens, args.max_answer_tokens)
-        window = self.backend.max_length
-        if window is not None and needed > window:
-            raise ValueError(
-                f"A chunk of {longest} tokens and its conversation need at least {needed} tokens, the model's window "
-                f"has {window}: lower `max_chunk_tokens` ({args.max_chunk_tokens})."
-            )
-        return chunker
 
-    def _plan(self, chunker: Chunker) -> list[tuple[Chunk, int]]:
-        """All chunks of the run, each with the conversations that are wanted about it."""
+    def _chunks(self, chunker: Chunker) -> dict[int, Chunk]:
+        number = -(-self.args.num_conversations // self.args.conversations_per_chunk)
+        return dict(enumerate(itertools.islice(chunker.chunks(self.args.synthesis_seed), number)))
+
+    def _plan(self, folder: ConversationFolder) -> list[Part]:
+        """The parts that make up the set: those that are there, and what they lack."""
         total, each = self.args.num_conversations, self.args.conversations_per_chunk
-        number = -(-total // each)
-        chunks = itertools.islice(chunker.chunks(self.args.seed), number)
-        return [(chunk, min(each, total - index * each)) for index, chunk in enumerate(chunks)]
+        there = folder.parts(WRITTEN)
+        plan = []
+        for chunk in range(-(-total // each)):
+            wanted = min(each, total - chunk * each)
+            found = cover([part for part in there if part.chunk == chunk])
+            end = 0
+            for part in found:
+                if end < wanted:
+                    plan.append(part)
+                    end = part.end
+            if end < wanted:
+                plan.append(Part(chunk, end, wanted))
+        return plan
 
-    def _work(
-        self, plan: list[tuple[Chunk, int]], mine: list[int], shards: Shards | ShardsInMemory, *, shown: bool
-    ) -> Progress:
-        """Studies the chunks that are not done; each draws from its own seed, whoever does it and when."""
-        study = ChunkStudy(self.backend, self.processing_class, self.args, self.seed_prompts)
-        done = shards.done()
-        pending = [number for number in mine if number not in done]
-        wanted = sum(plan[number][1] for number in mine)
-        left = sum(plan[number][1] for number in pending)
-        progress = Progress(wanted, wanted - left, shown=shown)
-        if not pending:
-            progress.bar.close()
-            return progress
-        with progress, self.backend.running():
-            for number in pending:
-                chunk, count = plan[number]
-                rows, report = study.study(chunk, count, random.Random(f"{self.args.seed}/{number}"))
-                shards.write(number, rows, report)
-                progress.add(report, count)
-        return progress
+    def _window(self) -> int | None:
+        windows = [engine.max_length for engine in self.engines if engine.max_length is not None]
+        return min(windows, default=None)
 
-    def _assemble(
-        self, shards: Shards | ShardsInMemory, number: int, lengths: dict[str, int]
-    ) -> tuple[Dataset, dict[str, Any]]:
-        """All chunks in order, without what two chunks have alike, and the report."""
-        if missing := sorted(set(range(number)) - shards.done()):
-            raise ValueError(f"{len(missing)} of {number} chunks are missing, the first is number {missing[0]}.")
-        parts, reports = zip(*(shards.read(index) for index in range(number)), strict=True)
-        dataset = concatenate_datasets(list(parts))
-        reasons = self._compare_chunks(dataset)
-        lost: list[Counter[str]] = [Counter() for _ in parts]
-        chunk_of_row = (index for index, part in enumerate(parts) for _ in range(len(part)))
-        for index, reason in zip(chunk_of_row, reasons, strict=True):
-            if reason is not None:
-                lost[index][reason] += 1
-        if any(lost):
-            dataset = dataset.select([row for row, reason in enumerate(reasons) if reason is None])
-        return dataset, make_report([r.without(dropped) for r, dropped in zip(reports, lost, strict=True)], lengths)
+    def _check_window(self, chunker: Chunker, chunks: dict[int, Chunk], plan: Sequence[Part]) -> None:
+        """Raises:
+        ValueError: a chunk, or what is first asked about it, does not fit into the model's window.
+        """
+        window = self._window()
+        if window is None:
+            return
+        args = self.args
+        longest = min(args.max_chunk_tokens, max(chunker.lengths.values()))
+        answered = len(self.codec.encode_prompt(["?"])) + args.max_question_tokens + args.max_answer_tokens
+        needed = longest + args.num_rounds * answered
+        for part in plan[:_PARTS_MEASURED] if needed <= window else ():
+            study = self._study(part, chunks[part.chunk], window=None)
+            asked = [len(request.prompt) + request.max_new_tokens for request in study.begin()]
+            turns = max([args.num_rounds * answered, *asked, study.longest_recitation()])
+            needed = max(needed, len(study.context) + turns)
+        if needed > window:
+            raise ValueError(
+                f"A chunk of {longest} tokens and a conversation about it need up to {needed} tokens, the model's window "
+                f"has {window}: lower `max_chunk_tokens` ({args.max_chunk_tokens}), or `max_question_tokens` "
+                f"({args.max_question_tokens}), `max_answer_tokens` ({args.max_answer_tokens}) or `num_rounds` "
+                f"({args.num_rounds})."
+            )
 
-    def _compare_chunks(self, dataset: Dataset) -> list[str | None]:
-        """For each row the filter that drops it because another chunk has its like, or `None`."""
+    def _study(self, part: Part, chunk: Chunk, **options: Any) -> PartStudy:
+        return PartStudy(part, chunk, self.codec, self.args, seed_prompts=self.seed_prompts, **options)
+
+    # -- writing -----------------------------------------------------------------------------------------------------
+
+    def _write(
+        self,
+        folder: ConversationFolder,
+        plan: Sequence[Part],
+        chunks: dict[int, Chunk],
+        identity: dict[str, Any],
+        *,
+        shown: bool,
+    ) -> None:
+        """Writes the parts that are not there; with one model for all, each is scored as soon as it is written, while
+        its chunk's prefix is there."""
+        constants = {"origin": origin_of(identity)}
+        features = make_features("top_k" if self._engine_scores else "live")
+        stage = self._stage()
+
+        def study(part: Part) -> PartStudy:
+            options = {"window": self._window(), "constants": constants, "address": identity["address"]}
+            return self._study(part, chunks[part.chunk], **options)
+
+        def keep(job: PartStudy) -> None:
+            folder.write(WRITTEN, job.part, rows_to_dataset(job.rows(), features), job.report)
+            if self._one_model and stage != WRITTEN:
+                self._score_here(folder, stage, job.part, identity)
+
+        self._run(folder, WRITTEN, plan, study, keep, "Conversations", shown)
+
+    def _run(
+        self,
+        folder: ConversationFolder,
+        stage: str,
+        plan: Sequence[Part],
+        make_job: Callable[[Part], Any],
+        keep: Callable[[Any], None],
+        title: str,
+        shown: bool,
+    ) -> None:
+        """Runs a job for each part of a stage that is not there, and waits for those that somebody else is making."""
+        pending = [part for part in plan if not folder.has(stage, part)]
+        with _Progress(plan, pending, title, shown=shown and bool(pending)) as progress:
+            while pending:
+                with contextlib.ExitStack() as claims:
+                    held: dict[Any, contextlib.ExitStack] = {}
+
+                    def jobs(
+                        parts: list[Part] = pending, held: dict[Any, Any] = held, claims: Any = claims
+                    ) -> Iterator[Any]:
+                        for part in parts:
+                            claim = claims.enter_context(contextlib.ExitStack())
+                            if claim.enter_context(folder.claimed(stage, part)):
+                                job = make_job(part)
+                                held[job] = claim
+                                yield job
+                            else:
+                                claim.close()
+
+                    def finished(job: Any, held: dict[Any, contextlib.ExitStack] = held) -> None:
+                        keep(job)
+                        held.pop(job).close()
+                        progress.add(job.part)
+
+                    Dispatcher(self.engines).run(jobs(), finished, progress.answered)
+                before, pending = pending, [part for part in pending if not folder.has(stage, part)]
+                for part in set(before) - set(pending):
+                    progress.add(part)
+                if pending:
+                    progress.say(f"{len(pending)} parts are being made by another process")
+                    time.sleep(_LOOK)
+
+    # -- scoring -----------------------------------------------------------------------------------------------------
+
+    def _stage(self) -> str:
+        """Where the parts with the wanted targets lie."""
+        args = self.args
+        if args.teacher_targets == "live":
+            return "live-scored" if args.measures_usefulness else WRITTEN
+        if args.teacher_targets == "top_k":
+            mass = "" if args.teacher_top_k_mass == 1 else f"-{args.teacher_top_k_mass:g}"
+            by = "-engine" if self._engine_scores else ""
+            return f"top_k-{args.teacher_top_k}{mass}{by}"
+        return args.teacher_targets
+
+    def _score(self, folder: ConversationFolder, plan: Sequence[Part], identity: dict[str, Any], *, shown: bool) -> str:
+        """Scores the parts that are not scored yet; gives the stage where they lie."""
+        stage = self._stage()
+        if stage == WRITTEN:
+            return stage
+        if self._engine_scores:
+
+            def scoring(part: Part) -> EngineScoring:
+                return EngineScoring(part, folder.read(WRITTEN, part), self.codec, self.args)
+
+            def keep(job: EngineScoring) -> None:
+                folder.write(stage, job.part, *job.result())
+
+            self._run(folder, stage, plan, scoring, keep, "Scoring", shown)
+            return stage
+        pending = [part for part in plan if not folder.has(stage, part)]
+        with _Progress(plan, pending, "Scoring", shown=shown and bool(pending)) as progress:
+            while pending:
+                for part in pending:
+                    with folder.claimed(stage, part) as mine:
+                        if mine:
+                            self._score_here(folder, stage, part, identity)
+                            progress.add(part)
+                pending = [part for part in pending if not folder.has(stage, part)]
+                if pending:
+                    progress.say(f"{len(pending)} parts are being scored by another process")
+                    time.sleep(_LOOK)
+        return stage
+
+    def _score_here(self, folder: ConversationFolder, stage: str, part: Part, identity: dict[str, Any]) -> None:
+        assert self._scorer is not None
+        origin = {"origin": origin_of(identity)}
+        folder.write(stage, part, *self._scorer.score(part, folder.read(WRITTEN, part), origin))
+
+    # -- what came of it ---------------------------------------------------------------------------------------------
+
+    def _conclude(
+        self,
+        folder: ConversationFolder,
+        stage: str,
+        plan: Sequence[Part],
+        identity: dict[str, Any],
+        lengths: dict[str, int],
+    ) -> dict[str, Any]:
+        """Finds what two parts have alike, and writes the manifest; gives the report.
+
+        Raises:
+            ValueError: nothing was kept.
+        """
+        reports = [self._part_report(folder, stage, part) for part in plan]
+        left_out = self._compare_parts(folder, stage, plan)
+        lost: dict[int, Counter[str]] = {}
+        for name, reason in left_out.items():
+            lost.setdefault(int(name.split("-")[1]), Counter())[reason] += 1
+        for number, part in enumerate(plan):
+            if part.chunk in lost:
+                reports[number] = without(reports[number], lost.pop(part.chunk))
+        report = make_report(reports, lengths)
+        there = folder.manifest() or {}
+        known = there.get("left_out", {})
+        folder.write_manifest({**there, **identity, "report": report, "left_out": {**known, **left_out}})
+        if not report["kept"]:
+            raise ValueError(
+                f"No conversation of {report['made']} was kept ({report['dropped']}): loosen `quality_filters`, "
+                "`min_usefulness`, `max_question_tokens` or `max_answer_tokens`, use a stronger model, or, where it is "
+                '`unstorable_targets`, set `teacher_targets="top_k"` or `"live"`.'
+            )
+        return report
+
+    @staticmethod
+    def _part_report(folder: ConversationFolder, stage: str, part: Part) -> dict[str, Any]:
+        report = folder.read_part_report(WRITTEN, part)
+        if stage == WRITTEN:
+            return report
+        return without(report, folder.read_part_report(stage, part)["dropped"])
+
+    def _compare_parts(self, folder: ConversationFolder, stage: str, plan: Sequence[Part]) -> dict[str, str]:
+        """Ids of the rows whose like is in an earlier part, with the filter that says so."""
         filters = make_filters(self.args.quality_filters, max_similarity=self.args.max_similarity)
         comparing = {name: one for name, one in filters.items() if one.compares}
-        if not comparing:
-            return [None] * len(dataset)
-        return [
-            next((name for name, one in comparing.items() if one.drops(candidate)), None)
-            for row in dataset.select_columns(["messages", "context", "seed_type"])
-            for candidate in [Candidate(row["messages"], row["context"], row["seed_type"])]
-        ]
+        found: dict[str, str] = {}
+        for part in tqdm(plan if comparing else (), desc="Comparing", unit=" parts", delay=2, leave=False):
+            rows = folder.read(stage, part).select_columns(["id", "messages", "context", "seed_type"])
+            for row in rows:
+                candidate = Candidate(row["messages"], row["context"], row["seed_type"])
+                reason = next((name for name, one in comparing.items() if one.drops(candidate)), None)
+                if reason is not None:
+                    found[row["id"]] = reason
+        return found
+
+    def _open(self, folder: ConversationFolder, stage: str, plan: Sequence[Part]) -> Dataset:
+        manifest = folder.manifest() or {}
+        dataset = read_parts(folder, stage, plan, manifest.get("left_out", {}))
+        total, each = self.args.num_conversations, self.args.conversations_per_chunk
+        last = plan[-1]
+        if (beyond := last.chunk * each + last.end - total) > 0 and total > each * last.chunk:
+            ids = [f"{manifest['address'][:12]}-{last.chunk}-{index}" for index in range(last.end - beyond, last.end)]
+            dataset = without_rows(dataset, ids)
+        if stage == WRITTEN:
+            columns = [name for name in make_features("top_k") if name.startswith("teacher_")]
+            dataset = dataset.remove_columns([name for name in columns if name in dataset.column_names])
+        return describe(dataset, without_bulk(manifest))
+
+
+class _Progress:
+    """The bar of a stage: conversations, tokens per second and the share that was kept."""
+
+    def __init__(self, plan: Sequence[Part], pending: Sequence[Part], title: str, *, shown: bool) -> None:
+        self._left = {part: len(part) for part in pending}
+        total = sum(map(len, plan))
+        self._bar = tqdm(
+            total=total, initial=total - sum(map(len, pending)), desc=title, unit=" conversations", disable=not shown
+        )
+        self._tokens, self._started, self._told = 0, time.perf_counter(), 0.0
+
+    def add(self, part: Part) -> None:
+        """A part is there."""
+        self._bar.update(self._left.pop(part, 0))
+
+    def answered(self, outcome: Outcome) -> None:
+        if outcome.generation is not None:
+            self._tokens += len(outcome.generation.token_ids)
+        now = time.perf_counter()
+        if now - self._told > 1 and self._tokens:
+            self._told = now
+            self.say(f"{self._tokens / (now - self._started):,.0f} tokens/s")
+
+    def say(self, text: str) -> None:
+        self._bar.set_postfix_str(text)
+
+    def __enter__(self) -> _Progress:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._bar.close()
+
+
+def _name_of(model: Any) -> str:
+    return str(getattr(model.config, "_name_or_path", "") or type(model).__name__)
 
 
 def _dataset_name(corpus: Any) -> str | None:
     return getattr(getattr(corpus, "info", None), "dataset_name", None)
+
+
+def _temporary_folder() -> str:
+    """A folder that is there until the process ends: the data set is mapped from it."""
+    path = tempfile.mkdtemp(prefix="cartridges-self-study-")
+    atexit.register(shutil.rmtree, path, ignore_errors=True)
+    return path
+
+
+__all__ = ["Job", "SelfStudySynthesizer"]

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from ..cartridge_template import cartridge_chat_template
+from ..chat import cartridge_chat_template
 from ..hub import check_base_model
 from ..hub.card_facts import load_facts
 

@@ -8,11 +8,10 @@ from typing import Any
 
 from peft import PeftModel
 
-from ..attention.layers import get_text_config
-from ..chat import encode_context
+from ..attention.probe import get_text_config
+from ..chat import ChatCodec
 from ..evaluation.context_gap import ContextGap, measure_context_gap
 from ..evaluation.gold_answers import gold_answer_nll
-from ..self_study.conversation import encode_answer, encode_question
 
 logger = logging.getLogger(__name__)
 
@@ -22,7 +21,7 @@ class GapEvaluation:
 
     Args:
         model: The PEFT model.
-        processing_class: Its tokenizer or processor.
+        processing_class: Its tokenizer or processor, or a `ChatCodec` with it.
         gold_questions: Pairs with `question` and `answer`, which training does not see.
         corpus: The text that the cartridge stands in for; without it there is no baseline with the text in context.
         batch_size: Pairs scored together.
@@ -46,21 +45,23 @@ class GapEvaluation:
         self.batch_size = batch_size
         self._without_context = processing_class if without_context is None else without_context
         self.gold_gap: ContextGap | None = None
-        self._no_context_kl: dict[str, float] = {}
+        self._no_context_kl: dict[Any, tuple[Any, float]] = {}
 
-    def of_conversations(self, key: str, kl: float, without_cartridge: Callable[[], float]) -> dict[str, float]:
+    def of_conversations(self, dataset: Any, kl: float, without_cartridge: Callable[[], float]) -> dict[str, float]:
         """`conversation_gap_closed`: 1 - KL / KL without context. With the chunk in context, which is the teacher, the
         KL is 0.
 
         Args:
-            key: Names the data set.
+            dataset: What was measured; its baseline is kept for the next time.
             kl: Mean KL from the teacher to the model with the cartridge.
             without_cartridge: Measures it for the model without context.
         """
+        key = getattr(dataset, "_fingerprint", None) or id(dataset)
         if key not in self._no_context_kl:
             with self.model.disable_adapter():
-                self._no_context_kl[key] = without_cartridge()
-        baseline = self._no_context_kl[key]
+                # The data set is kept too: another one must not get its id.
+                self._no_context_kl[key] = dataset, without_cartridge()
+        baseline = self._no_context_kl[key][1]
         return {"conversation_gap_closed": ContextGap(baseline, 0.0).closed(kl), "no_context_kl": baseline}
 
     def of_gold_answers(self) -> dict[str, float]:
@@ -80,12 +81,10 @@ class GapEvaluation:
 
     def _measured_gap(self) -> ContextGap | None:
         if self.gold_gap is None and self.corpus is not None:
-            num_tokens = len(encode_context(self.processing_class, self.corpus))
-            longest = max(
-                len(encode_question(self.processing_class, pair["question"]))
-                + len(encode_answer(self.processing_class, pair["question"], pair["answer"]))
-                for pair in self.gold_questions
-            )
+            codec = ChatCodec.of(self.model, self.processing_class)
+            num_tokens = len(codec.encode_context(self.corpus))
+            exchanges = [codec.encode_exchange(pair["question"], pair["answer"]) for pair in self.gold_questions]
+            longest = max(len(prompt) + len(answer) for prompt, answer in exchanges)
             window = getattr(get_text_config(self.model), "max_position_embeddings", None)
             if window is not None and num_tokens + longest > window:
                 logger.warning(

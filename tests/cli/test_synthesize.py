@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from peft_cartridges import SynthesisConfig
+from peft_cartridges import SynthesisConfig, load_self_study
 from peft_cartridges.cli import main
-from peft_cartridges.self_study import read_report
-from peft_cartridges.self_study.run_identity import synthesis_arguments
+from peft_cartridges.conversations import read_provenance, read_report
+from peft_cartridges.model_identity import model_fingerprint
+from tests.hub.conftest import hub  # noqa: F401 (a fixture)
+from tests.hub.local_hub import LocalHub
 from tests.self_study import runs
 from tests.tiny_models import tiny_model, tiny_tokenizer
 
@@ -42,17 +44,25 @@ def test_a_run_is_made_and_carried_on(
     command = ["synthesize", corpus, "--model", model, "--output-dir", str(tmp_path / "out"), *SMALL]
     assert main(command) == 0
     shown = capsys.readouterr().out
-    assert "1 document, 720 tokens" in shown and "6 conversations kept of" in shown and "log.md: " in shown
+    assert "6 conversations kept of" in shown and "log.md: " in shown and "load_self_study(" in shown
     assert "Chunks by what was kept of them: all 2," in shown
-    shards = {path: path.stat().st_mtime_ns for path in (tmp_path / "out" / "shards").iterdir()}
-    assert len(shards) == 4
+    shards = _shards(tmp_path / "out")
+    assert len(shards) == 8
     assert main(command) == 0
-    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out" / "shards").iterdir()} == shards
+    assert _shards(tmp_path / "out") == shards
     told = json.loads((tmp_path / "out" / "self_study.json").read_text())
     assert [row["document"] for row in told["report"]["per_chunk"]] == ["log.md"] * 2
     assert told["report"]["kept"] == 6 and told["corpus"]["name"] == "log.md" and told["base_model"] == model
-    assert main([*command, "--seed", "7"]) == 1
+    assert len(load_self_study(tmp_path / "out")) == 6
+    assert main([*command, "--num-conversations", "9"]) == 0
+    assert shards.items() <= _shards(tmp_path / "out").items() and len(load_self_study(tmp_path / "out")) == 9
+    assert main([*command, "--synthesis-seed", "7"]) == 1
     assert "cartridges synthesize: error: `output_dir` " in capsys.readouterr().err
+
+
+def _shards(folder: Path, *stages: str) -> dict[Path, int]:
+    stages = stages or ("written", "hidden_states")
+    return {path: path.stat().st_mtime_ns for stage in stages for path in (folder / stage).iterdir()}
 
 
 def test_a_preview_shows_conversations_and_the_time(
@@ -94,7 +104,7 @@ def test_every_setting_is_an_option(
         refill_finished_rows=False, quality_filters=[], teacher_targets="top_k", teacher_top_k=4,
         system_prompts=["the captain says"], chat_template_kwargs='{"x": 1}',
     )  # fmt: skip
-    assert told == synthesis_arguments(expected)
+    assert told == vars(expected)
 
 
 def test_a_server_is_asked_and_its_death_is_one_line(
@@ -103,14 +113,25 @@ def test_a_server_is_asked_and_its_death_is_one_line(
     pytest.importorskip("openai")
     from tests.self_study.completions_server import CompletionsServer
 
-    def command(url: str, folder: str) -> list[str]:
-        place = ["--output-dir", str(tmp_path / folder), "--backend", "openai", "--base-url", url, "--tokenizer", model]
-        return ["synthesize", corpus, "--model", "tiny", *place, "--teacher-top-k", "5", "--max-retries", "0", *SMALL]
+    def command(folder: str, *urls: str) -> list[str]:
+        place = ["--output-dir", str(tmp_path / folder), "--engine", "openai", "--tokenizer", model]
+        return ["synthesize", corpus, "--model", "tiny", *place, "--base-url", *urls, "--max-retries", "0", *SMALL]
 
-    with CompletionsServer().running() as url:
-        assert main(command(url, "well")) == 0
+    with CompletionsServer().running() as one, CompletionsServer().running() as other:
+        assert main(command("well", one, other)) == 0
+        assert not any(name.startswith("teacher_") for name in load_self_study(tmp_path / "well").column_names)
+        # Scored afterwards, by the model's weights, without asking the server for anything but what is written already.
+        scored = [*command("well", one), "--score-with", model, "--teacher-targets", "hidden_states"]
+        written = _shards(tmp_path / "well", "written")
+        assert main(scored) == 0 and _shards(tmp_path / "well", "written") == written
+        found = load_self_study(tmp_path / "well")
+        assert len(found) == 6 and read_provenance(found)["model_fingerprint"] == model_fingerprint(tiny_model())
+        assert json.loads(found[0]["origin"])["model_fingerprint"] == model_fingerprint(tiny_model())
+        top_k = [*command("top", one), "--teacher-targets", "top_k", "--teacher-top-k", "5"]
+        assert main(top_k) == 0
+        assert "teacher_top_k_ids" in load_self_study(tmp_path / "top").column_names
     with CompletionsServer(lambda number: 500).running() as url:
-        assert main(command(url, "ill")) == 1
+        assert main(command("ill", url)) == 1
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("cartridges synthesize: error: The server at") and "status 500" in error
 
@@ -120,7 +141,11 @@ def test_a_server_is_asked_and_its_death_is_one_line(
     [
         (["--output-dir", "x", "--recitation-share", "2"], "`recitation_share` must be between 0 and 1, got 2.0."),
         ([], "--output-dir is missing"),
-        (["--output-dir", "x", "--backend", "openai"], "--base-url is missing"),
+        (["--output-dir", "x", "--engine", "openai"], "`base_url` is missing"),
+        (["--preview", "0"], "--preview shows at least 1 conversation, got 0."),
+        (["--preview", "-1"], "--preview shows at least 1 conversation, got -1."),
+        (["--output-dir", "x", "--push-to-hub", "not a name"], "--push-to-hub: 'not a name' is no name on the Hub"),
+        (["--push-to-hub", "user/x"], "--output-dir is missing"),
         (
             ["--output-dir", "x", "--model", "./nowhere"],
             "--model: './nowhere' is neither a folder nor a name on the Hub",
@@ -155,25 +180,22 @@ def test_a_missing_corpus_is_named(model: str, capsys: pytest.CaptureFixture[str
     assert "There is no file or folder nowhere.md" in capsys.readouterr().err
 
 
-def test_pushing_sends_data_and_card(
-    model: str, corpus: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_a_set_is_pushed_and_a_push_that_fails_loses_nothing(
+    model: str,
+    corpus: str,
+    tmp_path: Path,
+    hub: LocalHub,  # noqa: F811
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    from datasets import Dataset
-    from huggingface_hub import DatasetCard
-
-    sent = {}
-    monkeypatch.setattr(
-        Dataset, "push_to_hub", lambda self, repo_id, **options: sent.update(data=self, repo=repo_id, **options)
-    )
-    with_sizes = DatasetCard("---\ndataset_info:\n  features: []\nconfigs:\n- config_name: default\n---\n")
-    monkeypatch.setattr(DatasetCard, "load", lambda repo_id, token=None: with_sizes)
-    monkeypatch.setattr(DatasetCard, "push_to_hub", lambda self, repo_id, token=None: sent.update(card=str(self)))
-    command = ["synthesize", corpus, "--model", model, "--output-dir", str(tmp_path / "out"), *SMALL]
-    assert main([*command, "--push-to-hub", "me/log"]) == 0
-    assert capsys.readouterr().out.strip().endswith("https://huggingface.co/datasets/me/log")
-    assert sent["repo"] == "me/log" and sent["private"] is True and len(sent["data"]) == 6
-    assert read_report(sent["data"])["corpus"]["name"] == "log.md"
-    card = sent["card"]
-    assert card.startswith("---\n") and "dataset_info" in card and "config_name: default" in card
-    assert "- cartridges" in card and "6 conversations kept of" in card and "load_dataset(" in card
-    assert "teacher_hidden_states" in card and '"min_chunk_tokens": 30' in card
+    hub.add_repo("user/open", {"README.md": b""}, private=False)
+    command = ["synthesize", corpus, "--model", model, "--output-dir", str(tmp_path / "out"), *SMALL, "--push-to-hub"]
+    assert main([*command, "user/open"]) == 1
+    assert "`user/open` exists and is public" in capsys.readouterr().err
+    shards = _shards(tmp_path / "out")
+    assert len(load_self_study(tmp_path / "out")) == 6
+    assert main([*command, "user/log"]) == 0
+    assert capsys.readouterr().out.strip().endswith("/datasets/user/log") and hub.repos["user/log"].private
+    assert _shards(tmp_path / "out") == shards
+    assert read_report(load_self_study("user/log"))["corpus"]["name"] == "log.md"
+    assert main([*command, "user/open", "--public"]) == 0
+    assert len(load_self_study("user/open")) == 6

@@ -1,4 +1,4 @@
-"""A Hub on this machine: as much of the HTTP API of huggingface.co as pushing, pulling and listing models takes.
+"""A Hub on this machine: as much of the HTTP API of huggingface.co as pushing and pulling models and data sets takes.
 
 The endpoints, headers and error codes are those that huggingface_hub asks for and looks at. Repositories live in memory:
 a commit is a mapping from paths to contents.
@@ -11,7 +11,7 @@ import hashlib
 import json
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -33,9 +33,10 @@ class Repo:
     commits: dict[str, dict[str, bytes]] = field(default_factory=dict)
     lfs_paths: set[str] = field(default_factory=set)
 
-    def commit(self, branch: str, files: dict[str, bytes]) -> str:
+    def commit(self, branch: str, files: dict[str, bytes], deleted: Collection[str] = ()) -> str:
         parent = self.branches.get(branch, "")
-        tree = {**self.commits.get(parent, {}), **files}
+        there = {path: data for path, data in self.commits.get(parent, {}).items() if path not in deleted}
+        tree = {**there, **files}
         payload = parent + "".join(f"{path}{_sha256(data)}" for path, data in sorted(tree.items()))
         sha = hashlib.sha1(payload.encode()).hexdigest()
         self.commits[sha] = tree
@@ -339,6 +340,7 @@ class _Handler(BaseHTTPRequestHandler):
         found = self._repo(repo, write=True)
         self._tree(found, revision)
         files: dict[str, bytes] = {}
+        deleted: set[str] = set()
         for line in filter(None, body.split(b"\n")):
             operation = json.loads(line)
             value = operation["value"]
@@ -347,12 +349,14 @@ class _Handler(BaseHTTPRequestHandler):
             elif operation["key"] == "lfsFile":
                 files[value["path"]] = self.hub.objects[value["oid"]]
                 found.lfs_paths.add(value["path"])
+            elif operation["key"] == "deletedFile":
+                deleted.add(value["path"])
         branch, answer = revision, {}
         if self.query.get("create_pr"):
             branch = "refs/pr/1"
             found.branches[branch] = found.branches[revision]
             answer["pullRequestUrl"] = f"{self.hub.url}/{repo}/discussions/1"
-        sha = found.commit(branch, files)
+        sha = found.commit(branch, files, deleted)
         self._reply(200, {"commitUrl": f"{self.hub.url}/{repo}/commit/{sha}", "commitOid": sha, **answer})
 
     def validate_yaml(self, body: bytes) -> None:
@@ -376,26 +380,27 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 _REPO = r"(?P<repo>[^/]+/[^/]+)"
+_PLACE = "(?:/datasets)?"  # names are of models or data sets; nothing in the tests is both
 _ROUTES = [
     (r"POST /api/repos/create", "create"),
     (r"GET /api/models", "list"),
     (r"POST /api/validate-yaml", "validate_yaml"),
-    (rf"GET /api/models/{_REPO}", "info"),
-    (rf"GET /api/models/{_REPO}/revision/(?P<revision>[^/]+)", "info"),
-    (rf"GET /api/models/{_REPO}/refs", "refs"),
-    (rf"GET /api/models/{_REPO}/tree/(?P<revision>[^/]+)", "tree"),
-    (rf"POST /api/models/{_REPO}/branch/(?P<name>.+)", "branch"),
-    (rf"POST /api/models/{_REPO}/preupload/(?P<revision>[^/]+)", "preupload"),
-    (rf"POST /api/models/{_REPO}/commit/(?P<revision>[^/]+)", "commit"),
-    (rf"POST /{_REPO}\.git/info/lfs/objects/batch", "lfs_batch"),
+    (rf"GET /api/(?:models|datasets)/{_REPO}", "info"),
+    (rf"GET /api/(?:models|datasets)/{_REPO}/revision/(?P<revision>[^/]+)", "info"),
+    (rf"GET /api/(?:models|datasets)/{_REPO}/refs", "refs"),
+    (rf"GET /api/(?:models|datasets)/{_REPO}/tree/(?P<revision>[^/]+)", "tree"),
+    (rf"POST /api/(?:models|datasets)/{_REPO}/branch/(?P<name>.+)", "branch"),
+    (rf"POST /api/(?:models|datasets)/{_REPO}/preupload/(?P<revision>[^/]+)", "preupload"),
+    (rf"POST /api/(?:models|datasets)/{_REPO}/commit/(?P<revision>[^/]+)", "commit"),
+    (rf"POST {_PLACE}/{_REPO}\.git/info/lfs/objects/batch", "lfs_batch"),
     (r"PUT /lfs/(?P<oid>[0-9a-f]{64})", "lfs_put"),
     (r"POST /lfs-verify/(?P<oid>[0-9a-f]{64})", "lfs_verify"),
-    (rf"(?:GET|HEAD) /{_REPO}/resolve/(?P<revision>[^/]+)/(?P<path>.+)", "resolve"),
+    (rf"(?:GET|HEAD) {_PLACE}/{_REPO}/resolve/(?P<revision>[^/]+)/(?P<path>.+)", "resolve"),
 ]
 
 
 def _is_lfs(path: str) -> bool:
-    return path.endswith((".safetensors", ".bin", ".png"))
+    return path.endswith((".safetensors", ".bin", ".png", ".parquet"))
 
 
 def _sha256(data: bytes) -> str:

@@ -32,6 +32,7 @@ class CompletionsServer:
         self.requests = self.under_way = self.most_under_way = 0
         self.lock, self.computing = threading.Lock(), threading.Lock()
         self.prompts: list[Any] = []
+        self.logprobs: list[int] = []
 
     @torch.no_grad()
     def complete(self, request: dict[str, Any]) -> dict[str, Any]:
@@ -95,6 +96,7 @@ class CompletionsServer:
                     outer.under_way += 1
                     outer.most_under_way = max(outer.most_under_way, outer.under_way)
                     outer.prompts.append(request["prompt"])
+                    outer.logprobs.append(request["logprobs"])
                 answer = self._answer(request, outer.trouble(number))
                 with outer.lock:
                     outer.under_way -= 1

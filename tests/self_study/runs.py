@@ -11,7 +11,7 @@ from typing import Any
 from datasets import Dataset
 
 from peft_cartridges import SelfStudySynthesizer, SynthesisConfig
-from peft_cartridges.self_study.chunk_study import ChunkStudy
+from peft_cartridges.conversations import ConversationFolder
 from tests.tiny_models import tiny_model, tiny_tokenizer
 
 TEXT = " ".join(f"the captain of w{number} says no . the sea is w{number + 1} ." for number in range(50, 110))
@@ -36,17 +36,29 @@ def slowly(output_dir: str) -> None:
 
 
 def together(output_dir: str, number: int, rank: int, port: int) -> None:
-    """As one of two processes that a launcher started; says in `rank-N.json` how much it studied and what it got."""
+    """As one of two processes that a launcher started; says in `rank-N.json` what it wrote and scored, and what it got."""
     launched = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in launched.items()})
     os.environ.update(MASTER_ADDR="127.0.0.1", ACCELERATE_USE_CPU="true")
-    study, chunks = ChunkStudy.study, []
-
-    def counted(self: ChunkStudy, chunk: Any, *args: Any) -> Any:
-        chunks.append(chunk.id)
-        return study(self, chunk, *args)
-
-    ChunkStudy.study = counted
-    made = synthesize(output_dir, num_conversations=number)
-    told = {"studied": chunks, "input_ids": made["input_ids"][:]}
+    told = {**at_once(output_dir, number)}
     (Path(output_dir) / f"rank-{rank}.json").write_text(json.dumps(told))
+
+
+def at_once(output_dir: str, number: int, answer: str | None = None) -> dict[str, Any]:
+    """A run that notes what it writes itself; into a file if `answer` names one."""
+    write, written = ConversationFolder.write, []
+
+    def noted(self: ConversationFolder, stage: str, part: Any, *args: Any) -> None:
+        time.sleep(0.05)  # so that the other one has its turn too
+        written.append(f"{stage}/{part}")
+        write(self, stage, part, *args)
+
+    ConversationFolder.write = noted
+    try:
+        made = synthesize(output_dir, num_conversations=number)
+    finally:
+        ConversationFolder.write = write
+    told = {"written": written, "input_ids": made["input_ids"][:]}
+    if answer is not None:
+        Path(answer).write_text(json.dumps(told))
+    return told

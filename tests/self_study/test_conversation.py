@@ -7,18 +7,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from peft_cartridges.chat import encode_context, encode_preamble
+from peft_cartridges.chat import ChatCodec
+from peft_cartridges.conversations.targets import TopK
+from peft_cartridges.corpus import Chunk
 from peft_cartridges.self_study import SelfStudySynthesizer, SynthesisConfig
-from peft_cartridges.self_study.backends.base import Generation
-from peft_cartridges.self_study.chat_template_arguments import WithTemplateArguments
-from peft_cartridges.self_study.chunking import Chunk
-from peft_cartridges.self_study.conversation import Conversation, Turn, encode_next_question, encode_question
-from peft_cartridges.self_study.dialogue import Dialogue, Plan, plan_dialogues
+from peft_cartridges.self_study.conversation import Conversation, Plan, Turn
+from peft_cartridges.self_study.dialogue import Dialogue, plan_dialogue
+from peft_cartridges.self_study.engines import Generation
+from peft_cartridges.self_study.part_study import RECITATION, kind_at
+from peft_cartridges.self_study.prompts import PAPER_TYPES
+from tests.chat.families import FAMILIES
 from tests.self_study import runs
 from tests.tiny_models import tiny_model, tiny_tokenizer
 
@@ -63,6 +67,9 @@ TOKENIZERS: dict[str, Any] = {
 }
 if SMOLLM2.is_dir():
     TOKENIZERS["SmolLM2"] = AutoTokenizer.from_pretrained(SMOLLM2)
+# What ends an answer in the chat template: not everywhere the tokenizer's `eos_token`.
+END = {name: one.eos_token_id for name, one in TOKENIZERS.items()}
+END["whole words"] = TOKENIZERS["whole words"].convert_tokens_to_ids("<end>")
 # Ids of all tokens but the special ones.
 ORDINARY = {name: sorted(set(range(len(one))) - set(one.all_special_ids)) for name, one in TOKENIZERS.items()}
 
@@ -73,14 +80,8 @@ def test_a_real_tokenizer_is_among_them() -> None:
 
 
 def _conversation(tokenizer: Any, questions: list[str], answers: list[list[int]]) -> Conversation:
-    conversation = Conversation("c", "question", [])
-    for question, answer in zip(questions, answers, strict=True):
-        if conversation.turns:
-            prompt = encode_next_question(tokenizer, conversation.turns[-1].answer_ids, question)
-        else:
-            prompt = encode_question(tokenizer, question)
-        conversation.turns.append(Turn(question, prompt, answer))
-    return conversation
+    exchanges = ChatCodec(None, tokenizer).encode_dialogue(questions, answers)
+    return Conversation("c", "question", [Turn(q, *exchange) for q, exchange in zip(questions, exchanges, strict=True)])
 
 
 @pytest.mark.parametrize("name", list(TOKENIZERS))
@@ -95,10 +96,9 @@ def test_ids_are_what_was_generated_and_read_as_the_chat_template_renders(
     questions = [" ".join(data.draw(st.lists(words, min_size=1, max_size=6))) for _ in range(rounds)]
     # Any ids, also ones that an encoder would never give for their text.
     answers = [
-        [*data.draw(st.lists(st.sampled_from(ordinary), min_size=1, max_size=8)), tokenizer.eos_token_id]
-        for _ in range(rounds)
+        [*data.draw(st.lists(st.sampled_from(ordinary), min_size=1, max_size=8)), END[name]] for _ in range(rounds)
     ]
-    row = _conversation(tokenizer, questions, answers).to_row(tokenizer)
+    row = _conversation(tokenizer, questions, answers).to_row(ChatCodec(None, tokenizer))
     assert len(row["input_ids"]) == len(row["completion_mask"])
     learned = [token for token, mark in zip(row["input_ids"], row["completion_mask"], strict=True) if mark]
     assert learned == [token for answer in answers for token in answer], "not what was generated"
@@ -123,86 +123,103 @@ def test_ids_are_what_was_generated_and_read_as_the_chat_template_renders(
 @pytest.mark.parametrize("name", list(TOKENIZERS))
 def test_a_cut_answer_is_closed_by_tokens_that_are_not_learned(name: str) -> None:
     tokenizer = TOKENIZERS[name]
-    cut, ended = [30, 31], [30, 31, tokenizer.eos_token_id]
-    behind_cut = encode_next_question(tokenizer, cut, "what ?")
-    behind_ended = encode_next_question(tokenizer, ended, "what ?")
-    assert cut + behind_cut == ended + behind_ended or name == "whole words"
-    row = _conversation(tokenizer, ["what ?", "who ?"], [cut, ended]).to_row(tokenizer)
+    cut, ended = [30, 31], [30, 31, END[name]]
+    codec, questions = ChatCodec(None, tokenizer), ["what ?", "what ?"]
+    assert codec.encode_prompt(questions, [cut]) == codec.encode_prompt(questions, [ended])
+    row = _conversation(tokenizer, ["what ?", "who ?"], [cut, ended]).to_row(ChatCodec(None, tokenizer))
     assert sum(row["completion_mask"]) == 5
 
 
 def test_template_arguments_reach_every_encoding() -> None:
     tokenizer = TOKENIZERS["byte-level BPE, ChatML"]
-    silent = WithTemplateArguments(tokenizer, {"enable_thinking": False})
-    assert tokenizer.decode(encode_question(silent, "Who?")).endswith("assistant\n<think>\n\n</think>\n\n")
-    assert tokenizer.decode(encode_question(tokenizer, "Who?")).endswith("assistant\n")
-    assert silent.eos_token_id == tokenizer.eos_token_id and len(silent) == len(tokenizer)
-    assert encode_preamble(silent) == encode_preamble(tokenizer)
+    silent, thinking = (ChatCodec(None, tokenizer, {"enable_thinking": on}) for on in (False, True))
+    assert tokenizer.decode(silent.encode_prompt(["Who?"])).endswith("assistant\n<think>\n\n</think>\n\n")
+    assert tokenizer.decode(thinking.encode_prompt(["Who?"])).endswith("assistant\n")
+    assert silent.preamble == thinking.preamble
     with pytest.raises(ValueError, match="`chat_template_kwargs` is not JSON"):
         SynthesisConfig(chat_template_kwargs="{thinking}")
     with pytest.raises(ValueError, match="must be a mapping"):
         SynthesisConfig(chat_template_kwargs="[1]")
 
 
-class _Script:
-    """A back end that says what it is told, and remembers what it was asked."""
-
-    def __init__(self, tokenizer: Any, lines: list[str]) -> None:
-        self.tokenizer, self.lines, self.asked = tokenizer, iter(lines), []
-
-    def generate(self, prompts: Any, **options: Any) -> list[Generation]:
-        self.asked += [self.tokenizer.decode(prompt) for prompt in prompts]
-        ids = [self.tokenizer(next(self.lines), add_special_tokens=False)["input_ids"] for _ in prompts]
-        return [Generation([*tokens, self.tokenizer.eos_token_id]) for tokens in ids]
+def _hold(
+    codec: ChatCodec, lines: list[str], args: SynthesisConfig, plan: Plan, *, top_k: bool = False
+) -> tuple[Dialogue, list[str]]:
+    """A dialogue in which the lines were sampled in turn, and what they were sampled behind."""
+    dialogue, asked, left = Dialogue(plan, (), codec, args), [], iter(lines)
+    while (request := dialogue.next()) is not None:
+        asked.append(codec.tokenizer.decode(request.prompt))
+        tokens = codec.tokenizer(next(left), add_special_tokens=False)["input_ids"][: request.max_new_tokens]
+        given = TopK(torch.zeros(len(tokens), 1).long(), -torch.ones(len(tokens), 1)) if top_k else None
+        dialogue.receive(Generation(tokens, given))
+    return dialogue, asked
 
 
 def test_two_rounds_are_asked_and_answered_in_turn() -> None:
     tokenizer = TOKENIZERS["byte-level BPE, ChatML"]
-    script = _Script(tokenizer, ["<think>Hm.</think> “Who sails?”", "The captain.", "Where to?", "To sea."])
-    dialogue = Dialogue(script, tokenizer, SynthesisConfig(num_rounds=2), {tokenizer.eos_token_id})
     plan = Plan("question", "Ask a question.", "Think step by step.", 3)
-    (conversation,) = dialogue.hold(Chunk("c", "d", 0, 1, "text"), [plan])
-    assert [message["content"] for message in conversation.messages(tokenizer)] == [
+    said = ["<think>Hm.</think> “Who sails?”", "The captain.", "Where to?", "To sea."]
+    lines = [f"{line}{tokenizer.eos_token}" for line in said]
+    dialogue, asked = _hold(ChatCodec(None, tokenizer), lines, SynthesisConfig(num_rounds=2), plan)
+    conversation = dialogue.conversation("c")
+    assert [message["content"] for message in conversation.messages(ChatCodec(None, tokenizer))] == [
         "Who sails? Think step by step.", "The captain.", "Where to? Think step by step.", "To sea.",
     ]  # fmt: skip
-    first_question, first_answer, second_question, second_answer = script.asked
+    first_question, first_answer, second_question, second_answer = asked
     assert "Ask a question." in first_question and "Ask a question." not in first_answer
     # The asking side has the questions as its own and the answers as the user's …
     assert second_question.index("Ask a question.") < second_question.index("assistant\nWho sails?")
     assert second_question.index("assistant\nWho sails?") < second_question.index("user\nThe captain.\n\n")
     # … and the answering side the other way round.
-    assert second_answer.endswith("user\nWhere to? Think step by step.<|im_end|>\n<|im_start|>assistant\n")
+    last = "user\nWhere to? Think step by step.<|im_end|>\n<|im_start|>assistant\n"
+    assert second_answer.endswith(f"{last}<think>\n\n</think>\n\n")
     assert "user\nWho sails?" in second_answer and "assistant\nThe captain.<|im_end|>" in second_answer
     assert all(turn.question_ended and turn.answer_ended for turn in conversation.turns)
 
 
 def test_an_empty_question_ends_a_conversation() -> None:
     tokenizer = TOKENIZERS["byte-level BPE, ChatML"]
-    script = _Script(tokenizer, ["", "Who?", "Me.", ""])
-    dialogue = Dialogue(script, tokenizer, SynthesisConfig(num_rounds=2), {tokenizer.eos_token_id})
-    plans = [Plan("question", "Ask.", "", seed) for seed in range(2)]
-    empty, short = dialogue.hold(Chunk("c", "d", 0, 1, "text"), plans)
-    assert empty.turns == [] and len(short.turns) == 1
+    codec, args, plan = ChatCodec(None, tokenizer), SynthesisConfig(num_rounds=2), Plan("question", "Ask.", "", 0)
+    assert _hold(codec, [""], args, plan)[0].conversation("c").turns == []
+    short, _ = _hold(codec, ["Who?", "Me.", ""], args, plan)
+    assert len(short.conversation("c").turns) == 1
+
+
+def test_what_an_engine_refuses_comes_to_nothing_and_says_why() -> None:
+    codec = ChatCodec(None, TOKENIZERS["byte-level BPE, ChatML"])
+    dialogue = Dialogue(Plan("question", "Ask.", "", 0), (), codec, SynthesisConfig())
+    assert dialogue.next() is not None
+    dialogue.receive(None)
+    assert dialogue.next() is None and dialogue.lost == "refused_by_engine"
+    long = Dialogue(Plan("question", "Ask.", "", 0), tuple(range(90)), codec, SynthesisConfig(), window=100)
+    assert long.next() is None and long.lost == "too_long"
 
 
 def test_seed_prompts_of_ones_own() -> None:
     chunk, args = Chunk("c", "d", 0, 1, "the sea . the ship ."), SynthesisConfig(chain_of_thought_share=0.5)
-    plans = plan_dialogues(chunk, 200, random.Random(0), args, ["Ask this.", "Ask that."])
+    plans = [plan_dialogue(chunk, "question", random.Random(i), args, ["Ask this.", "Ask that."]) for i in range(200)]
     assert {plan.prompt for plan in plans} == {"Ask this.", "Ask that."} and {p.seed_type for p in plans} == {"custom"}
     assert 60 < sum(bool(plan.reasoning) for plan in plans) < 140
-    called = plan_dialogues(chunk, 2, random.Random(0), args, lambda chunk, rng: f"About {chunk.text[:7]}")
-    assert called[0].prompt == "About the sea"
+    called = plan_dialogue(chunk, "x", random.Random(0), args, lambda chunk, rng: f"About {chunk.text[:7]}")
+    assert called.prompt == "About the sea"
     with pytest.raises(ValueError, match="`seed_prompts` gave '' for the chunk c"):
-        plan_dialogues(chunk, 2, random.Random(0), args, lambda chunk, rng: "")
+        plan_dialogue(chunk, "x", random.Random(0), args, lambda chunk, rng: "")
     dataset = runs.synthesize(None, num_conversations=4, seed_prompts=["the sea ?"])
     assert set(dataset["seed_type"]) == {"custom"}
 
 
-def test_types_are_used_alike_often_and_seeds_differ() -> None:
-    chunk, args = Chunk("c", "d", 0, 1, "the sea . the ship ."), SynthesisConfig()
-    plans = plan_dialogues(chunk, 50, random.Random(0), args)
-    counts = {plan.seed_type: sum(p.seed_type == plan.seed_type for p in plans) for plan in plans}
-    assert set(counts.values()) == {10} and len({plan.seed for plan in plans}) == 50
+@given(
+    share=st.sampled_from([0.0, 0.25, 0.5, 0.8, 1.0]), each=st.integers(1, 40), types=st.integers(1, 5),
+    number=st.integers(1, 200),
+)  # fmt: skip
+def test_types_are_used_alike_often_wherever_a_set_ends(share: float, each: int, types: int, number: int) -> None:
+    args = SynthesisConfig(
+        conversations_per_chunk=each, recitation_share=share, seed_types=list(PAPER_TYPES[:types])
+    )  # fmt: skip
+    kinds = [kind_at(args, *divmod(index, each)) for index in range(number)]
+    assert kinds.count(RECITATION) == int(number * share + 1e-9)
+    counts = [kinds.count(name) for name in args.seed_types]
+    assert max(counts) - min(counts) <= 1
 
 
 def test_a_system_prompt_stands_in_front_of_chunk_and_student() -> None:
@@ -212,6 +229,56 @@ def test_a_system_prompt_stands_in_front_of_chunk_and_student() -> None:
     for row in dataset:
         prompt = row["context"].split("\n\n")[0]
         used.add(prompt)
-        preamble = encode_context(tokenizer, prompt)
+        preamble = ChatCodec(None, tokenizer).encode_context(prompt)
         assert row["input_ids"][: len(preamble)] == preamble and not any(row["completion_mask"][: len(preamble)])
     assert used == {"yes captain", "no ship"}
+
+
+def _held(codec: ChatCodec, lines: list[str], **settings: Any) -> tuple[Dialogue, Conversation, list[str]]:
+    args = SynthesisConfig(max_answer_tokens=200, max_question_tokens=200, **settings)
+    dialogue, asked = _hold(codec, lines, args, Plan("question", "Ask.", "", 3), top_k=True)
+    return dialogue, dialogue.conversation("c"), asked
+
+
+@pytest.mark.parametrize("name", [*FAMILIES])
+def test_two_rounds_are_what_the_template_gives_for_them(name: str) -> None:
+    family = FAMILIES[name]
+    tokenizer = family.tokenizer(merges=True)
+    codec, end = ChatCodec(family.model(tokenizer), tokenizer), family.sampled_end
+    space = " " if name == "Mistral 7B" else ""
+    lines = [f"Who?{end}", f"{space}Ines.{end}", f"When?{end}", f"{space}Now.{end}"]
+    _, conversation, _ = _held(codec, lines, num_rounds=2)
+    contents = ["Who?", f"{space}Ines.", "When?", f"{space}Now."]
+    assert [message["content"] for message in conversation.messages(codec)] == contents
+    messages = [{**message, "content": message["content"].strip()} for message in conversation.messages(codec)]
+    whole = tokenizer.apply_chat_template(messages, tokenize=False, **codec.template_kwargs)
+    row = conversation.to_row(codec)
+    read = tokenizer.decode(row["input_ids"])
+    assert read == whole[: whole.rindex("Now.") + 4] + end
+    # What an engine gave along holds only behind the tokens that it was given behind.
+    if name in ("Qwen 3", "Qwen 3, always thinking", "Qwen 3.5", "GPT-OSS"):  # the first answer reads otherwise later
+        kept = [False, True]
+    else:  # or the model is asked otherwise
+        kept = [family.trained is None or family.trained == family.prompt] * 2
+    assert [turn.top_k is not None for turn in conversation.turns] == kept
+
+
+@pytest.mark.parametrize("thoughts", ["skip", "drop", "learn"])
+def test_thoughts_become_no_question_and_no_answer(thoughts: str) -> None:
+    family = FAMILIES["Qwen 3"]
+    tokenizer = family.tokenizer(merges=True)
+    codec = ChatCodec(family.model(tokenizer), tokenizer, thoughts=thoughts)
+    asked, said = (
+        "<think>\nAsk of the keeper.\n</think>\n\nWho?<|im_end|>",
+        "<think>\nIt says.\n</think>\n\nInes.<|im_end|>",
+    )
+    dialogue, conversation, prompts = _held(codec, [asked, said])
+    (turn,) = conversation.turns
+    assert turn.question == "Who?" and "keeper" not in prompts[1]
+    learned = said if thoughts == "learn" else "Ines.<|im_end|>"
+    assert tokenizer.decode(turn.answer_ids) == learned
+    assert dialogue.generated == len(codec.tokenizer(asked)["input_ids"]) + len(codec.tokenizer(said)["input_ids"])
+    # A thought that was cut is no question, and no answer.
+    assert _held(codec, ["<think>\nThe user wants me to"])[1].turns == []
+    if thoughts != "learn":
+        assert _held(codec, ["Who?<|im_end|>", "<think>\nThe user wants"])[1].turns == []

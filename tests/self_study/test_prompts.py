@@ -9,8 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from peft_cartridges import SynthesisConfig
-from peft_cartridges.self_study.recitation import draw_recitation, split_sentences
-from peft_cartridges.self_study.seed_prompts import PAPER_TYPES, SEED_PROMPTS, draw_seed_prompt
+from peft_cartridges.self_study.prompts import PAPER_TYPES, SEED_PROMPTS, draw_recitation, draw_seed_prompt
 
 
 def test_the_types_are_those_of_the_paper() -> None:
@@ -30,7 +29,7 @@ def test_every_phrasing_is_filled_in_and_can_be_drawn(seed_type: str) -> None:
 def test_a_recitation_is_a_passage_of_the_text(text: str, seed: int) -> None:
     question, answer = draw_recitation(text, random.Random(seed), max_words=20)
     assert answer and len(answer.split()) <= 20
-    assert answer in " ".join(" ".join(split_sentences(text)).split())
+    assert answer in " ".join(text.split())
     assert question
 
 
@@ -47,7 +46,12 @@ def test_recitations_reach_every_sentence() -> None:
         ({"min_chunk_tokens": 9, "max_chunk_tokens": 8}, "`max_chunk_tokens` .* is below `min_chunk_tokens`"),
         ({"recitation_share": 1.5}, "`recitation_share` must be between 0 and 1"),
         ({"answer_temperature": -1}, "`answer_temperature` must not be negative"),
+        ({"thoughts": "hide"}, "`thoughts` is 'hide'; there are: skip, drop, learn"),
         ({"seed_types": ["question", "riddle"]}, "`seed_types` has .*riddle.*; there are: structuring"),
+        ({"engine": "llama.cpp"}, "`engine` is 'llama.cpp'; there are: transformers, vllm, openai"),
+        ({"engine": "openai"}, "`base_url` is missing"),
+        ({"engine_options": "[1]"}, "`engine_options` must be a mapping"),
+        ({"teacher_targets": "logits"}, "`teacher_targets` is 'logits'; there are: hidden_states, top_k, live"),
     ],
 )
 def test_settings_out_of_range_are_refused(options: dict[str, object], message: str) -> None:

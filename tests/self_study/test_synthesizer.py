@@ -9,8 +9,8 @@ from datasets import Dataset
 from peft import get_peft_model
 
 from peft_cartridges import CartridgeConfig, KVPrefix, SelfStudySynthesizer, SynthesisConfig, initialize_cartridge
-from peft_cartridges.chat import encode_context, encode_preamble
-from peft_cartridges.self_study.synthesizer import FEATURES
+from peft_cartridges.chat import ChatCodec
+from peft_cartridges.conversations import make_features
 from tests.tiny_models import tiny_model, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
@@ -32,7 +32,7 @@ def dataset() -> Dataset:
 
 
 def test_rows_have_what_training_needs(dataset: Dataset) -> None:
-    assert dataset.features == FEATURES
+    assert dataset.features == make_features("hidden_states")
     assert 10 <= len(dataset) <= 14
     assert len(set(dataset["chunk_id"])) > 1
     assert {"recitation"} < set(dataset["seed_type"])
@@ -41,7 +41,7 @@ def test_rows_have_what_training_needs(dataset: Dataset) -> None:
         answer = TOKENIZER.decode(learned, skip_special_tokens=True)
         assert answer == row["messages"][1]["content"]
         assert len(row["teacher_hidden_states"]) == len(learned) * 32
-        preamble = encode_preamble(TOKENIZER)
+        preamble = ChatCodec(None, TOKENIZER).preamble
         assert row["input_ids"][: len(preamble)] == preamble
 
 
@@ -57,8 +57,8 @@ def test_targets_are_the_states_of_the_model_with_the_chunk_in_context(dataset: 
     tokens = TOKENIZER(TEXT, return_offsets_mapping=True)["offset_mapping"]
     for row in dataset.select([0, len(dataset) - 1]):
         start, end = map(int, row["chunk_id"].split(":")[1].split("-"))
-        context = encode_context(TOKENIZER, TEXT[tokens[start][0] : tokens[end - 1][1]])
-        turns = row["input_ids"][len(encode_preamble(TOKENIZER)) :]
+        context = ChatCodec(None, TOKENIZER).encode_context(TEXT[tokens[start][0] : tokens[end - 1][1]])
+        turns = row["input_ids"][len(ChatCodec(None, TOKENIZER).preamble) :]
         with torch.no_grad():
             hidden = model.model(torch.tensor([context + turns])).last_hidden_state[0]
         predicting = hidden[-sum(row["completion_mask"]) - 1 : -1]
@@ -91,7 +91,7 @@ def test_rows_are_what_the_chat_template_gives_without_a_system_role_too() -> No
 
 def test_the_same_seed_gives_the_same_rows(dataset: Dataset) -> None:
     assert _synthesize()["input_ids"] == dataset["input_ids"]
-    assert _synthesize(seed=7)["input_ids"] != dataset["input_ids"]
+    assert _synthesize(synthesis_seed=7)["input_ids"] != dataset["input_ids"]
 
 
 def test_a_cartridge_takes_no_part_in_synthesis(dataset: Dataset) -> None:

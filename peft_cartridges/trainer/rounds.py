@@ -1,0 +1,60 @@
+"""Conversations that are written while training goes on, so that each is used once, as in the paper."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch.utils.data import Dataset as TorchDataset
+from torch.utils.data import Sampler
+
+
+class ConversationRounds(TorchDataset[dict[str, Any]]):
+    """A data set in rounds; a round is synthesized when the first of its rows is asked for, and forgets the one before.
+
+    Args:
+        synthesize: Gives the conversations of a round, given its number. Called by all processes at the same step, so
+            that each may write its share.
+        rows_per_round: How many rows a round lends; if `synthesize` gives fewer (empty answers are dropped), some are
+            used twice.
+        num_rounds: How many rounds there are.
+    """
+
+    def __init__(self, synthesize: Callable[[int], Dataset], rows_per_round: int, num_rounds: int) -> None:
+        self.rows_per_round = rows_per_round
+        self.num_rounds = num_rounds
+        self._synthesize = synthesize
+        self._round = -1
+        self._rows: Dataset | None = None
+
+    def __len__(self) -> int:
+        return self.rows_per_round * self.num_rounds
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        number, row = divmod(index, self.rows_per_round)
+        if number != self._round:
+            # Synthesis draws from the global random state, which is the training's.
+            with torch.random.fork_rng():
+                self._rows = self._synthesize(number)
+            self._round = number
+        assert self._rows is not None
+        return self._rows[row % len(self._rows)]
+
+
+class RoundOrder(Sampler[int]):
+    """Round after round, shuffled within each by its seed."""
+
+    def __init__(self, rounds: ConversationRounds, seed: int) -> None:
+        self.rounds = rounds
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return len(self.rounds)
+
+    def __iter__(self) -> Iterator[int]:
+        size = self.rounds.rows_per_round
+        for number in range(self.rounds.num_rounds):
+            generator = torch.Generator().manual_seed(self.seed + number)
+            yield from (torch.randperm(size, generator=generator) + number * size).tolist()

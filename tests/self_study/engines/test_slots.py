@@ -1,0 +1,122 @@
+"""Decoding in slots is `generate`, row by row, however rows come and go."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import pytest
+import torch
+
+from peft_cartridges import KVPrefix, shared_prefix
+from peft_cartridges.self_study.engines import Request, TransformersEngine
+from peft_cartridges.self_study.engines.slots import SlotDecoder, can_decode_in_slots
+from tests.tiny_models import tiny_model, tiny_tokenizer, token_ids
+
+ENDS = {2, *range(100, 116)}  # often met, so that rows end at different lengths
+NAMES = ("llama", "mistral", "qwen3", "gemma2", "gemma3", "gpt2", "smollm3", "gpt_neox", "gpt_oss", "deepseek_v3")
+
+
+def _prompts() -> list[list[int]]:
+    return [token_ids(length, seed=length).tolist() for length in (1, 9, 4, 17, 3, 12, 6, 2, 5, 8, 11)]
+
+
+def _one_by_one(model: Any, prompts: list[list[int]], max_new_tokens: int) -> list[list[int]]:
+    """What `generate` gives for each prompt alone, without an end."""
+    model.generation_config.eos_token_id = None
+    rows = []
+    for prompt in prompts:
+        output = model.generate(
+            torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)), max_new_tokens=max_new_tokens,
+            do_sample=False, pad_token_id=0,
+        )  # fmt: skip
+        rows.append(output[0, len(prompt) :].tolist())
+    return rows
+
+
+def _cut(row: list[int], ends: set[int]) -> list[int]:
+    return next((row[: i + 1] for i, token in enumerate(row) if token in ends), row)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("with_prefix", [True, False], ids=["behind a prefix", "alone"])
+def test_greedy_rows_are_those_of_generate(name: str, with_prefix: bool) -> None:
+    model, prompts = tiny_model(name), _prompts()
+    prefix = KVPrefix.from_input_ids(model, token_ids(20, seed=99))
+    with shared_prefix(model, prefix) if with_prefix else contextlib.nullcontext():
+        endless = _one_by_one(model, prompts, 14)
+        ends = {endless[0][3], endless[4][1], endless[7][6]}
+        found = SlotDecoder(model, ends, slots=3).generate(prompts, max_new_tokens=14, temperature=0, seeds=range(11))
+    assert found == [_cut(row, ends) for row in endless]
+    assert len(set(map(len, found))) > 1, "rows of one length would show nothing"
+
+
+def test_finished_rows_make_room_at_once() -> None:
+    model, prompts = tiny_model(), _prompts()
+    decoder = SlotDecoder(model, ENDS, slots=4)
+    rows = decoder.generate(prompts, max_new_tokens=40, temperature=1.0, seeds=range(11))
+    lengths = list(map(len, rows))
+    batches = [max(lengths[i] for i in order) for order in _batches(prompts, 4)]
+    assert decoder.steps < sum(batches), "batches that run to their longest row take more steps"
+    assert decoder.steps >= sum(lengths) / 4
+
+
+def _batches(prompts: list[list[int]], size: int) -> list[list[int]]:
+    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
+    return [order[start : start + size] for start in range(0, len(order), size)]
+
+
+def test_a_row_is_drawn_with_its_own_seed_whatever_is_beside_it() -> None:
+    model, prompts = tiny_model(), _prompts()
+    seeds = list(range(50, 61))
+    options: dict[str, Any] = {"max_new_tokens": 12, "temperature": 1.0}
+    together = SlotDecoder(model, ENDS, slots=11).generate(prompts, seeds=seeds, **options)
+    few = SlotDecoder(model, ENDS, slots=2).generate(prompts, seeds=seeds, **options)
+    one = SlotDecoder(model, ENDS, slots=1)
+    alone = [one.generate([prompts[i]], seeds=[seeds[i]], **options)[0] for i in range(11)]
+    assert together == few == alone
+    others = SlotDecoder(model, ENDS, slots=11).generate(prompts, seeds=range(11), **options)
+    assert others != together
+
+
+def test_draws_follow_the_distribution() -> None:
+    model, temperature, number = tiny_model(), 0.7, 4000
+    prompt = token_ids(5).tolist()
+    with torch.no_grad():
+        expected = (model(torch.tensor([prompt])).logits[0, -1] / temperature).softmax(-1)
+    rows = SlotDecoder(model, set(), slots=500).generate(
+        [prompt] * number, max_new_tokens=1, temperature=temperature, seeds=range(number)
+    )
+    drawn = torch.bincount(torch.tensor(rows)[:, 0], minlength=len(expected)) / number
+    assert (drawn - expected).abs().max() < 4 * (0.25 / number) ** 0.5
+
+
+def test_nothing_to_do_is_no_error() -> None:
+    assert SlotDecoder(tiny_model(), ENDS, slots=2).generate([], max_new_tokens=3, temperature=0, seeds=[]) == []
+
+
+def test_models_without_masks_per_row_run_by_generate() -> None:
+    model, prompts = tiny_model(attn="flex_attention"), _prompts()[:3]
+    assert not can_decode_in_slots(model) and can_decode_in_slots(tiny_model())
+    requests = [Request((), prompt, 6, 0.0, seed) for seed, prompt in enumerate(prompts)]
+    in_slots = TransformersEngine(tiny_model(), tiny_tokenizer(), batch_size=2)
+    plain = TransformersEngine(tiny_model(), tiny_tokenizer(), batch_size=2, refill=False)
+    expected = [one.token_ids for one in in_slots.sample(requests)]
+    assert [one.token_ids for one in plain.sample(requests)] == expected
+
+
+def test_rows_may_come_while_others_are_under_way_and_each_has_its_own_settings() -> None:
+    model, prompts = tiny_model(), _prompts()
+    settings = [(6, 0.0), (20, 1.0), (11, 0.5)]
+    alone = {}
+    for number, prompt in enumerate(prompts):
+        length, temperature = settings[number % 3]
+        decoder = SlotDecoder(model, ENDS, slots=1)
+        (alone[number],) = decoder.generate([prompt], max_new_tokens=length, temperature=temperature, seeds=[number])
+    decoder, found, waiting = SlotDecoder(model, ENDS, slots=3), {}, list(enumerate(prompts))
+    while len(found) < len(prompts):
+        if waiting:  # one more with every step, longer ones too: the buffers grow while rows are in them
+            number, prompt = waiting.pop(0)
+            decoder.begin(number, prompt, *settings[number % 3], number)
+        found.update(decoder.step())
+    assert found == alone
