@@ -222,8 +222,6 @@ class ServerEngine:
     """A server with OpenAI's API: `cartridges serve`, or any other, whose models are then the names."""
 
     def __init__(self, args: argparse.Namespace) -> None:
-        from huggingface_hub import InferenceClient
-
         from ..serving.http import get_json
 
         key = args.api_key or os.environ.get("OPENAI_API_KEY") or "none"
@@ -239,23 +237,17 @@ class ServerEngine:
             listed = []
         self._sizes = {one["id"]: (one["num_tokens"], one["bytes"]) for one in listed}
         self._base = next((model["id"] for model in models if not model.get("parent")), models[0]["id"])
-        self._client = InferenceClient(base_url=f"{url}/v1", api_key=key, timeout=600)
+        self._url, self._key = f"{url}/v1", key
         self._options = {"max_tokens": args.max_new_tokens, "temperature": args.temperature}
 
     def size(self, cartridge: str) -> tuple[int, int]:
         return self._sizes.get(cartridge, (0, 0))
 
     def answer(self, messages: list[Message], cartridge: str | None) -> Iterator[str]:
-        from huggingface_hub.errors import HfHubHTTPError
+        from ..serving.http import stream_chat
 
-        try:
-            for chunk in self._client.chat_completion(
-                messages, model=cartridge or self._base, stream=True, **self._options
-            ):
-                if chunk.choices and (piece := chunk.choices[0].delta.content):
-                    yield piece
-        except HfHubHTTPError as error:
-            raise ValueError(error.server_message or str(error)) from error
+        body = {"model": cartridge or self._base, "messages": messages, **self._options}
+        yield from stream_chat(self._url, self._key, body)
 
 
 def _named(argument: str) -> tuple[str, str]:

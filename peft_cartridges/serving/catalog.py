@@ -74,7 +74,8 @@ class Sources:
         """Raises:
         PermissionError: `source` lies elsewhere (links and `..` are followed first).
         """
-        if is_hub_name(source) and not Path(source).exists() and source.split("/")[0] in self.namespaces:
+        namespace, slash, _ = source.partition("/")
+        if slash and is_hub_name(source) and not Path(source).exists() and namespace in self.namespaces:
             return
         path = Path(source).resolve()
         if any(path.is_relative_to(root.resolve()) and path != root.resolve() for root in self.roots):
