@@ -6,6 +6,7 @@ allowed, files that are damaged or too large, another base model, a name that is
 
 from __future__ import annotations
 
+import logging
 import re
 import threading
 import time
@@ -21,6 +22,8 @@ from ..hub.model_card import is_hub_name
 from ..tuner.config import CartridgeConfig
 from .base_model import BaseModelFacts
 from .store import CartridgeStore, StoredCartridge
+
+logger = logging.getLogger(__name__)
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.:/-]{0,127}")
 JOIN = "+"
@@ -221,7 +224,7 @@ class Catalog:
             )
         self._check_length(name, config.num_tokens or 0)
         for doubt in self.base.check(folder):
-            print(f"cartridges serve: warning: {doubt}", flush=True)
+            logger.warning("%s", doubt)
 
     def _check_length(self, name: str, num_tokens: int) -> None:
         if num_tokens > self.limits.num_tokens:
