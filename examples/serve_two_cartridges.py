@@ -43,7 +43,7 @@ def main() -> None:
         command = [
             sys.executable, "-m", "peft_cartridges", "serve", args.model, "--served-model-name", "smollm2",
             *(f"--cartridge={name}={folder}/{name}" for name in TEXTS),
-            "--max-model-len", "2048", "--port", str(args.port), "--host", "127.0.0.1",
+            "--enforce-eager", "--max-model-len", "2048", "--port", str(args.port), "--host", "127.0.0.1",
         ]  # fmt: skip
         print("$", " ".join(["cartridges", *command[3:]]).replace(folder, "cartridges"))
         environment = {"VLLM_CPU_KVCACHE_SPACE": "1", **os.environ}

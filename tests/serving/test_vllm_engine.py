@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -213,3 +214,17 @@ def test_preemption_and_eviction(gemma: Setup) -> None:
     gemma.check(requests, params)
     assert gemma.counted("vllm:num_preemptions") > 0
     assert gemma.counted("vllm:cartridge_host_evictions") > 0
+
+
+@pytest.mark.parametrize("parallel", ["tensor_parallel_size", "pipeline_parallel_size"])
+def test_ranks_take_their_heads_and_stages_their_layers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, parallel: str
+) -> None:
+    if (os.cpu_count() or 1) < 2:
+        pytest.skip("two ranks of vLLM on CPU want two cores")
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
+    setup = Setup(tmp_path, "llama", **{parallel: 2, "distributed_executor_backend": "mp"})
+    try:
+        setup.check(everything(setup))
+    finally:
+        setup.llm.llm_engine.engine_core.shutdown()
