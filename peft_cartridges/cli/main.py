@@ -12,6 +12,7 @@ from .. import __version__
 # Command -> (module beside this one, one line of help)
 COMMANDS: dict[str, tuple[str, str]] = {
     "compose": ("compose", "Join several cartridges into one."),
+    "evaluate": ("evaluate", "Measure a cartridge on its text and off it, beside what one would do instead."),
     "list": ("list", "List the cartridges on the Hub."),
     "pull": ("pull", "Fetch a cartridge from the Hub and check it."),
     "push": ("push", "Put a cartridge on the Hub, with its card."),
@@ -35,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     module = importlib.import_module(f".{COMMANDS[args.command][0]}", __package__)
     try:
         module.run(args)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         print(f"cartridges {args.command}: error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt as stop:

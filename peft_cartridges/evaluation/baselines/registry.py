@@ -1,0 +1,54 @@
+"""The baselines by name: a row each. A method of your own is one function of a `Bench`; see `register_baseline`."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+from ..system import System
+from . import kvpress, lora, quantized, retrieval, texts, untrained
+from .bench import Bench
+
+Baseline = Callable[[Bench], System]
+
+BASELINES: dict[str, Baseline] = {
+    "no_context": texts.no_context,
+    "full_text": texts.full_text,
+    "first_tokens": texts.first_tokens,
+    "summary": texts.summary,
+    "bm25": retrieval.bm25,
+    "dense": retrieval.dense,
+    "lora": lora.lora,
+    "quantized_4bit": functools.partial(quantized.quantized_cache, 4),
+    "quantized_2bit": functools.partial(quantized.quantized_cache, 2),
+    "untrained_most_attended": functools.partial(untrained.by_strategy, "most_attended"),
+    "untrained_random_vectors": untrained.random_vectors,
+    "untrained_unrelated_text": untrained.unrelated_text,
+    "untrained_sampled_chunks": untrained.sampled_chunks,
+    **{f"kvpress_{name}": functools.partial(kvpress.pressed, name) for name in kvpress.PRESSES},
+}
+
+
+def register_baseline(name: str, baseline: Baseline) -> None:
+    """Adds a method of your own: a function that makes a `System` of a `Bench`, or raises `NotApplicable` with the
+    reason.
+
+    Raises:
+        ValueError: the name is taken.
+    """
+    if name in BASELINES:
+        raise ValueError(f"There is a baseline `{name}` already.")
+    BASELINES[name] = baseline
+
+
+def get_baseline(name: str) -> Baseline:
+    """Raises:
+    ValueError: there is none of that name; the message lists those there are.
+    """
+    if name not in BASELINES:
+        raise ValueError(f"The baseline {name!r} is unknown; there are: {', '.join(list_baselines())}.")
+    return BASELINES[name]
+
+
+def list_baselines() -> list[str]:
+    return list(BASELINES)
