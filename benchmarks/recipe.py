@@ -29,7 +29,7 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from peft_cartridges import CartridgeConfig, SelfStudyConfig, SelfStudySynthesizer, SelfStudyTrainer, SynthesisConfig
-from peft_cartridges.chat import encode_context
+from peft_cartridges.chat import ChatCodec
 from peft_cartridges.evaluation import ContextGap, gold_answer_nll, measure_context_gap
 
 ROOT = Path(__file__).parents[1]
@@ -131,7 +131,7 @@ class Search:
         text = (ROOT / "examples/data" / f"{run.corpus}.md").read_text(encoding="utf-8")
         lines = (ROOT / "examples/data" / f"{run.corpus}.questions.jsonl").read_text(encoding="utf-8").splitlines()
         questions = [json.loads(line) for line in lines]
-        corpus_tokens = len(encode_context(self.tokenizer, text))
+        corpus_tokens = len(ChatCodec(None, self.tokenizer).encode_context(text))
         num_tokens = round(corpus_tokens / run.shrink)
         if run.corpus not in self._gaps:
             self._gaps[run.corpus] = measure_context_gap(self.model, self.tokenizer, questions, text)

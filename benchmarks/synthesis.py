@@ -21,10 +21,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from peft_cartridges import SelfStudySynthesizer, SynthesisConfig
-from peft_cartridges.chat import encode_context
+from peft_cartridges.chat import ChatCodec
 from peft_cartridges.self_study import format_report, read_report
 from peft_cartridges.self_study.chunking import Document, chunk_corpus
-from peft_cartridges.self_study.conversation import encode_question
 from peft_cartridges.self_study.seed_prompts import PAPER_TYPES, draw_seed_prompt
 
 
@@ -69,7 +68,7 @@ def one_at_a_time(model: Any, tokenizer: Any, text: Document, number: int) -> fl
     chunks = chunk_corpus([text], tokenizer, min_tokens=args.min_chunk_tokens, max_tokens=args.max_chunk_tokens, seed=0)
 
     def generate(context: list[int], question: str, longest: int, temperature: float) -> list[int]:
-        ids = torch.tensor([context + encode_question(tokenizer, question)], device=model.device)
+        ids = torch.tensor([context + ChatCodec(model, tokenizer).encode_prompt([question])], device=model.device)
         output = model.generate(
             ids, attention_mask=torch.ones_like(ids), max_new_tokens=longest, do_sample=True, temperature=temperature,
             top_k=0, pad_token_id=tokenizer.pad_token_id,
@@ -78,7 +77,7 @@ def one_at_a_time(model: Any, tokenizer: Any, text: Document, number: int) -> fl
 
     start = time.perf_counter()
     for index in range(number):
-        context = encode_context(tokenizer, next(chunks).context)
+        context = ChatCodec(model, tokenizer).encode_context(next(chunks).context)
         seed = draw_seed_prompt(PAPER_TYPES[index % len(PAPER_TYPES)], rng)
         asked = generate(context, seed, args.max_question_tokens, args.question_temperature)
         question = tokenizer.decode(asked, skip_special_tokens=True)

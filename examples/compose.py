@@ -35,7 +35,7 @@ from peft_cartridges import (
     gold_answer_nll,
     push_cartridge,
 )
-from peft_cartridges.chat import encode_preamble, encode_turns
+from peft_cartridges.chat import ChatCodec
 from peft_cartridges.hub import load_facts
 from smollm2 import HUB_REPO, get_smollm2
 
@@ -214,8 +214,8 @@ def show_answers(
     question: str, adapters: dict[str, Path], model_path: Path, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     print(question)
-    ids = encode_preamble(tokenizer)
-    ids += encode_turns(tokenizer, [{"role": "user", "content": question}], add_generation_prompt=True)
+    ids = ChatCodec(None, tokenizer).preamble
+    ids += ChatCodec(None, tokenizer).encode_turns([{"role": "user", "content": question}], add_generation_prompt=True)
     input_ids = torch.tensor([ids])
     for name, folder in adapters.items():
         output = load(folder, model_path).generate(

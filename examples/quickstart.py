@@ -41,7 +41,7 @@ from peft_cartridges import (
     gold_answer_nll,
     shared_prefix,
 )
-from peft_cartridges.chat import encode_preamble, encode_turns
+from peft_cartridges.chat import ChatCodec
 from smollm2 import get_smollm2
 
 DATA = Path(__file__).parent / "data"
@@ -118,7 +118,7 @@ def main() -> None:
 
     print("4/4  Saving, and loading with stock PEFT in a process of its own")
     trainer.save_model()
-    ids = encode_turns(tokenizer, [{"role": "user", "content": shown}])
+    ids = ChatCodec(None, tokenizer).encode_turns([{"role": "user", "content": shown}])
     difference = compare_with_stock_peft(model_path, args.output_dir, ids)
     print(f"     Largest difference of a logit, this package against stock PEFT: {difference:.1e}")
     results = {"rows": [vars(row) for row in rows], "gap_closed": gap_closed[1], "stock_peft_difference": difference}
@@ -160,9 +160,9 @@ def measure(
     in_context = shared_prefix(model, prefix) if prefix is not None else contextlib.nullcontext()
     with in_context:
         nll = gold_answer_nll(model, tokenizer, questions, in_context=prefix is not None)
-        ids = encode_turns(tokenizer, [{"role": "user", "content": shown}], add_generation_prompt=True)
+        ids = ChatCodec(None, tokenizer).encode_turns([{"role": "user", "content": shown}], add_generation_prompt=True)
         if prefix is None:
-            ids = encode_preamble(tokenizer) + ids
+            ids = ChatCodec(None, tokenizer).preamble + ids
         input_ids = torch.tensor([ids], device=model.device)
         output = model.generate(
             input_ids=input_ids, attention_mask=torch.ones_like(input_ids), max_new_tokens=48, do_sample=False

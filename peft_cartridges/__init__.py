@@ -14,7 +14,7 @@ from .tuner import CartridgeConfig, CartridgeModel  # registers with PEFT
 
 if TYPE_CHECKING:
     from .attention import UnsupportedModelError, shared_prefix
-    from .cartridge_template import cartridge_chat_template
+    from .chat import ChatCodec, cartridge_chat_template
     from .evaluation import gold_answer_nll
     from .hub import (
         HubError,
@@ -42,7 +42,8 @@ _LAZY = {
     "SelfStudyTrainer": "trainer",
     "SynthesisConfig": "self_study",
     "UnsupportedModelError": "attention",
-    "cartridge_chat_template": "cartridge_template",
+    "ChatCodec": "chat",
+    "cartridge_chat_template": "chat",
     "check_base_model": "hub",
     "compose": "hub",
     "gold_answer_nll": "evaluation",
@@ -57,6 +58,7 @@ _LAZY = {
 __all__ = [
     "CartridgeConfig",
     "CartridgeModel",
+    "ChatCodec",
     "HubError",
     "KVPrefix",
     "SelfStudyConfig",

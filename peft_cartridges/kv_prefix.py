@@ -17,8 +17,6 @@ from torch import Tensor, nn
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from .chat import encode_context
-
 
 @dataclass(frozen=True, eq=False)
 class KVPrefix:
@@ -102,7 +100,7 @@ class KVPrefix:
 
         Args:
             model: A transformers causal LM (not a PEFT model with an active cartridge: disable it first).
-            processing_class: Its tokenizer or processor.
+            processing_class: Its tokenizer or processor, or a `ChatCodec` with it.
             text: The document.
             chat_template: Whether the text stands in a system message of the tokenizer's chat template (as a user
                 would put a document in context) or as it is. Ignored where the tokenizer has no chat template.
@@ -112,7 +110,9 @@ class KVPrefix:
         Raises:
             ValueError: `text` is empty.
         """
-        input_ids = encode_context(processing_class, text, chat_template=chat_template)
+        from .chat import ChatCodec  # a prefix knows no chat template: only this way of making one does
+
+        input_ids = ChatCodec.of(None, processing_class).encode_context(text, chat_template=chat_template)
         return cls.from_input_ids(model, input_ids[:max_tokens], prefill_chunk_size=prefill_chunk_size)
 
     @classmethod

@@ -8,9 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..chat import encode_preamble
+from ..chat import ChatCodec
 from ..hidden_states import OutputHead, predicting_states
-from ..self_study.conversation import encode_answer, encode_question
 
 
 @torch.no_grad()
@@ -37,13 +36,15 @@ def gold_answer_nll(
     """
     if not questions:
         raise ValueError("`questions` is empty: give at least one pair with `question` and `answer`.")
-    preamble = [] if in_context else encode_preamble(processing_class)
+    codec = ChatCodec.of(model, processing_class)
+    preamble = [] if in_context else codec.preamble
     rows, lengths = [], []
     for number, pair in enumerate(questions):
         if not pair.get("question") or not pair.get("answer"):
             raise ValueError(f"`questions[{number}]` needs a `question` and an `answer`, it has {sorted(pair)}.")
-        answer = encode_answer(processing_class, pair["question"], pair["answer"])[:-1]
-        rows.append(preamble + encode_question(processing_class, pair["question"]) + answer)
+        prompt, answer = codec.encode_exchange(pair["question"], pair["answer"])
+        answer = codec.without_end(answer)
+        rows.append(preamble + prompt + answer)
         lengths.append(len(answer))
     training = model.training
     model.eval()

@@ -10,7 +10,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from ..adapter_folder import read_cartridge
-from ..cartridge_template import with_cartridge_chat_template
+from ..chat import with_cartridge_chat_template
 from .base_model import check_base_model
 from .card_facts import load_facts
 from .errors import HubError

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..chat import encode_context
+from ..chat import ChatCodec
 
 
 def encode_corpus(processing_class: Any, text: str, *, num_tokens: int, chat_template: bool) -> list[int]:
-    """`text` as a context in front of a conversation; see `encode_context`.
+    """`text` as a context in front of a conversation; see `ChatCodec.encode_context`.
 
     Raises:
         ValueError: it is empty, or shorter than the cartridge of `num_tokens` tokens.
     """
-    input_ids = encode_context(processing_class, text, chat_template=chat_template)
+    input_ids = ChatCodec.of(None, processing_class).encode_context(text, chat_template=chat_template)
     if len(input_ids) < num_tokens:
         raise ValueError(
             f"`text` has {len(input_ids)} tokens, fewer than `num_tokens={num_tokens}` of the cartridge: a cartridge "

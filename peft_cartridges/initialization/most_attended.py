@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..attention.layers import get_text_config
-from ..chat import encode_turns, get_tokenizer, has_chat_template
+from ..chat import ChatCodec
 from ..kv_prefix import KVPrefix
 from .attention_received import attention_received
 from .corpus_tokens import encode_corpus
@@ -31,8 +31,8 @@ def most_attended(
 ) -> KVPrefix:
     """Keys and values of the `num_tokens` most attended tokens of each head. A text that is longer than 8,192
     tokens, or than the model's window, is read in parts, of which each keeps an equal share."""
-    tokenizer = get_tokenizer(processing_class)
-    input_ids = encode_corpus(processing_class, text, num_tokens=num_tokens, chat_template=chat_template)
+    codec = ChatCodec.of(model, processing_class)
+    input_ids = encode_corpus(codec, text, num_tokens=num_tokens, chat_template=chat_template)
     sink, rest = input_ids[:1], input_ids[1:]
     window = getattr(get_text_config(model), "max_position_embeddings", None) or 2 * _READ
     recited = min(_RECITED, window // 4)
@@ -43,7 +43,7 @@ def most_attended(
         prefix = KVPrefix.from_input_ids(model, [*sink, *part])
         if not chosen:
             chosen.append(prefix[:1])  # attention falls on the first token wherever it is: it stays there
-        scores = attention_received(model, prefix, _recitations(tokenizer, part, recited, chat_template))
+        scores = attention_received(model, prefix, _recitations(codec, part, recited, chat_template))
         kept = _select(prefix, [score[:, 1:].topk(end - start).indices.sort().values + 1 for score in scores])
         chosen.append(move_prefix(model, kept, end - len(part) - 1, part[:_PROBE]))
     return KVPrefix.concatenate(chosen)
@@ -55,16 +55,15 @@ def _parts(ids: Sequence[int], longest: int) -> list[Sequence[int]]:
     return [ids[start:end] for start, end in itertools.pairwise(cuts)]
 
 
-def _recitations(tokenizer: Any, ids: Sequence[int], at_a_time: int, chat_template: bool) -> list[list[int]]:
+def _recitations(codec: ChatCodec, ids: Sequence[int], at_a_time: int, chat_template: bool) -> list[list[int]]:
     pieces = [ids[start : start + at_a_time] for start in range(0, len(ids), at_a_time)]
-    if not (chat_template and has_chat_template(tokenizer)):
+    if not (chat_template and codec.has_template):
         return [list(piece) for piece in pieces]
     return [
-        encode_turns(
-            tokenizer,
+        codec.encode_turns(
             [
                 {"role": "user", "content": _REQUEST},
-                {"role": "assistant", "content": tokenizer.decode(piece, skip_special_tokens=True)},
+                {"role": "assistant", "content": codec.decode(piece)},
             ],
         )
         for piece in pieces

@@ -7,7 +7,8 @@ import re
 from collections.abc import Sequence
 from pathlib import PurePath
 
-_SENTENCE_END = re.compile(r"(?<=[.!?])[\"'”’)\]]*\s+|(?<=[。！？])|\n\s*\n")
+from .sentences import sentence_ends
+
 _HEADING = re.compile(r"^(?:#{1,6}\s.*|.+\n(?:=+|-{3,})\s*)$", re.MULTILINE)
 _FENCE = re.compile(r"^(```|~~~).*?^\1", re.MULTILINE | re.DOTALL)
 _PARAGRAPH = re.compile(r"\n\s*\n")
@@ -41,7 +42,7 @@ def find_borders(text: str, offsets: Sequence[tuple[int, int]], mode: str) -> li
     """
     if mode == "tokens":
         return []
-    sentences = [match.end() for match in _SENTENCE_END.finditer(text)]
+    sentences = sentence_ends(text)
     if mode == "sentences":
         kinds = [sentences]
     elif mode == "sections":

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from ..chat import encode_context, encode_preamble
+from ..chat import ChatCodec
 from .backends.base import Backend, ContextSession
 from .chunking import Chunk
 from .conversation import Conversation
@@ -60,16 +60,16 @@ class ChunkStudy:
 
     Args:
         backend: What generates and scores.
-        processing_class: Tokenizer or processor, with a chat template.
+        codec: Renders and reads conversations.
         args: Settings.
         seed_prompts: Used instead of the built-in ones.
     """
 
     def __init__(
-        self, backend: Backend, processing_class: Any, args: SynthesisConfig, seed_prompts: SeedPrompts | None = None
+        self, backend: Backend, codec: ChatCodec, args: SynthesisConfig, seed_prompts: SeedPrompts | None = None
     ) -> None:
         self.backend = backend
-        self.processing_class = processing_class
+        self.codec = codec
         self.args = args
         self.seed_prompts = seed_prompts
         self.measures = args.min_usefulness > 0 or args.oversampling > 1
@@ -82,11 +82,11 @@ class ChunkStudy:
         """
         system_prompt = rng.choice(self.args.system_prompts) if self.args.system_prompts else ""
         context = f"{system_prompt}\n\n{chunk.context}" if system_prompt else chunk.context
-        context_ids = encode_context(self.processing_class, context)
+        context_ids = self.codec.encode_context(context)
         if system_prompt:
-            preamble = encode_context(self.processing_class, system_prompt)
+            preamble = self.codec.encode_context(system_prompt)
         else:
-            preamble = encode_preamble(self.processing_class)
+            preamble = self.codec.preamble
         filters = make_filters(self.args.quality_filters, max_similarity=self.args.max_similarity)
         report = ChunkReport({"id": chunk.id, "document": chunk.document_id, "start": chunk.start, "end": chunk.end})
         num_recitations = round(wanted * self.args.recitation_share)
@@ -112,7 +112,7 @@ class ChunkStudy:
     def _make(
         self, session: ContextSession, chunk: Chunk, missing: tuple[int, int], rng: random.Random, context_length: int
     ) -> list[Conversation]:
-        recitations = [recite(chunk, self.processing_class, rng) for _ in range(missing[0])]
+        recitations = [recite(chunk, self.codec, rng) for _ in range(missing[0])]
         number = math.ceil(missing[1] * self.args.oversampling)
         plans = plan_dialogues(chunk, number, rng, self.args, self.seed_prompts)
         room = None if self.backend.max_length is None else self.backend.max_length - context_length
@@ -122,14 +122,14 @@ class ChunkStudy:
                 f"The chunk {chunk.id} fills the model's window: {room} tokens are left, a recitation needs {longest}. "
                 "Lower `max_chunk_tokens`."
             )
-        dialogue = Dialogue(session, self.processing_class, self.args, self.backend.end_ids, room)
+        dialogue = Dialogue(session, self.codec, self.args, room)
         return recitations + dialogue.hold(chunk, plans)
 
     def _passes(
         self, conversation: Conversation, chunk: Chunk, filters: dict[str, QualityFilter], report: ChunkReport
     ) -> bool:
         candidate = Candidate(
-            conversation.messages(self.processing_class),
+            conversation.messages(self.codec),
             chunk.text,
             conversation.seed_type,
             [turn.question_ended for turn in conversation.turns],
@@ -186,5 +186,5 @@ class ChunkStudy:
         targets = one.targets
         if self.args.teacher_targets == "top_k":
             targets = self.backend.top_k(targets, self.args.teacher_top_k, self.args.teacher_top_k_mass)
-        row = {**one.conversation.to_row(self.processing_class, preamble), "context": context, **targets.columns()}
+        row = {**one.conversation.to_row(self.codec, preamble), "context": context, **targets.columns()}
         return {**row, "usefulness": one.usefulness} if self.measures else row

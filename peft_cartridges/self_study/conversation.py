@@ -1,7 +1,7 @@
 """A conversation about a chunk, and its token ids as they are trained on.
 
 What was generated is what is trained on: an answer's ids are those that the model sampled, never a re-encoding. What
-stands between two answers is the chat template's.
+stands between two answers is the chat template's, see `ChatCodec.encode_dialogue`.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..chat import encode_preamble, encode_turns, get_tokenizer, render_turns
+from ..chat import ChatCodec
 from .teacher_targets import TopK
 
 
@@ -63,70 +63,28 @@ class Conversation:
         """1 where `turn_ids` is an answer's token, else 0."""
         return [mark for turn in self.turns for mark in [0] * len(turn.prompt_ids) + [1] * len(turn.answer_ids)]
 
-    def messages(self, processing_class: Any) -> list[dict[str, str]]:
-        decode = get_tokenizer(processing_class).decode
+    def messages(self, codec: ChatCodec) -> list[dict[str, str]]:
         return [
             message
             for turn in self.turns
             for message in (
                 {"role": "user", "content": turn.question},
-                {"role": "assistant", "content": decode(turn.answer_ids, skip_special_tokens=True)},
+                {"role": "assistant", "content": codec.decode(turn.answer_ids)},
             )
         ]
 
-    def to_row(self, processing_class: Any, preamble: Sequence[int] | None = None) -> dict[str, Any]:
+    def to_row(self, codec: ChatCodec, preamble: Sequence[int] | None = None) -> dict[str, Any]:
         """The row of a training data set, without the teacher's targets.
 
         `input_ids` is what the student sees behind its cartridge: the turns, with `preamble` in front (by default what
         the chat template puts there without a system message). `completion_mask` marks the answers' tokens, the ones
         that are learned.
         """
-        preamble = encode_preamble(processing_class) if preamble is None else list(preamble)
+        preamble = codec.preamble if preamble is None else list(preamble)
         return {
-            "messages": self.messages(processing_class),
+            "messages": self.messages(codec),
             "input_ids": preamble + self.turn_ids,
             "completion_mask": [0] * len(preamble) + self.learned,
             "chunk_id": self.chunk_id,
             "seed_type": self.seed_type,
         }
-
-
-def encode_question(processing_class: Any, question: str) -> list[int]:
-    """Token ids of a user's message behind a context, up to where the answer begins."""
-    return encode_turns(processing_class, [{"role": "user", "content": question}], add_generation_prompt=True)
-
-
-def encode_next_question(processing_class: Any, answer_ids: Sequence[int], question: str) -> list[int]:
-    """Token ids of a further question, behind an answer as it was generated, up to where the next answer begins: the
-    rest of the answer's turn (all of its end, where the answer was cut), then the user's message."""
-    tokenizer, marker = get_tokenizer(processing_class), "[an answer]"
-    while marker in question:
-        marker = f"[{marker}]"
-    messages = [
-        {"role": "user", "content": "?"},
-        {"role": "assistant", "content": marker},
-        {"role": "user", "content": question},
-    ]
-    rendered = render_turns(tokenizer, messages, add_generation_prompt=True)
-    ids = tokenizer(rendered.rpartition(marker)[2], add_special_tokens=False)["input_ids"]
-    ends = end_of_turn_ids(tokenizer)
-    return ids[1:] if answer_ids and answer_ids[-1] in ends and ids[0] in ends else ids
-
-
-def encode_answer(processing_class: Any, question: str, answer: str) -> list[int]:
-    """Token ids of a given answer with what the chat template puts behind it, up to the end-of-turn token."""
-    tokenizer = get_tokenizer(processing_class)
-    messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-    ids = encode_turns(tokenizer, messages)[len(encode_question(tokenizer, question)) :]
-    ends = end_of_turn_ids(tokenizer)
-    while ids and ids[-1] not in ends and any(token in ends for token in ids):
-        ids.pop()  # a line break behind the end-of-turn token, which the model never generates
-    return ids
-
-
-def end_of_turn_ids(processing_class: Any, model: Any = None) -> set[int]:
-    """Token ids that end an answer: the tokenizer's, and those of the model's generation configuration."""
-    ends = {get_tokenizer(processing_class).eos_token_id}
-    configured = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    ends.update(configured if isinstance(configured, list) else [configured])
-    return {token for token in ends if token is not None}

@@ -4,24 +4,22 @@ from __future__ import annotations
 
 import itertools
 import random
-import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass, field
 
-from ..chat import encode_turns, get_tokenizer
+from ..chat import ChatCodec
 from .backends.base import ContextSession, Generation
 from .chunking import Chunk
-from .conversation import Conversation, Turn, encode_answer, encode_next_question, encode_question
-from .recitation import draw_recitation, split_sentences
+from .conversation import Conversation, Turn
+from .recitation import draw_recitation
 from .seed_prompts import CHAIN_OF_THOUGHT, FOLLOW_UPS, draw_seed_prompt
+from .sentences import first_words, split_sentences
 from .synthesis_config import SynthesisConfig
 
 SeedPrompts = Sequence[str] | Callable[[Chunk, random.Random], str]
 
-_THOUGHTS = re.compile(r"^.*?</think(?:ing)?>", re.DOTALL)
 # A quoted passage is at most this long, in words (or, in scripts without spaces, in characters).
-_FOCUS_WORDS, _FOCUS_CHARACTERS = 60, 400
+_FOCUS_WORDS = 60
 
 
 @dataclass(frozen=True)
@@ -67,13 +65,11 @@ def plan_dialogues(
     return plans
 
 
-def recite(chunk: Chunk, processing_class: Any, rng: random.Random) -> Conversation:
+def recite(chunk: Chunk, codec: ChatCodec, rng: random.Random) -> Conversation:
     """A conversation whose answer is a passage of the chunk."""
     seed = rng.getrandbits(62)
     question, answer = draw_recitation(chunk.text, rng)
-    prompt_ids = encode_question(processing_class, question)
-    turn = Turn(question, prompt_ids, encode_answer(processing_class, question, answer))
-    return Conversation(chunk.id, "recitation", [turn], seed)
+    return Conversation(chunk.id, "recitation", [Turn(question, *codec.encode_exchange(question, answer))], seed)
 
 
 class Dialogue:
@@ -81,75 +77,90 @@ class Dialogue:
 
     Args:
         session: A back end with the chunk in context.
-        processing_class: Tokenizer or processor.
+        codec: Renders and reads what is said.
         args: Lengths, temperatures and rounds.
-        end_ids: Token ids that end a turn.
         room: Tokens that fit behind the chunk; `None` where that is unknown.
     """
 
     def __init__(
         self,
         session: ContextSession,
-        processing_class: Any,
+        codec: ChatCodec,
         args: SynthesisConfig,
-        end_ids: set[int],
         room: int | None = None,
     ) -> None:
         self.session = session
-        self.processing_class = processing_class
+        self.codec = codec
         self.args = args
-        self.end_ids = end_ids
         self.room = room
 
     def hold(self, chunk: Chunk, plans: Sequence[Plan]) -> list[Conversation]:
-        """All rounds of the conversations, in the order of `plans`; one whose first question is empty has no turns, one
-        whose later question is empty ends there."""
-        conversations = [Conversation(chunk.id, plan.seed_type, [], plan.seed) for plan in plans]
-        going = list(range(len(plans)))
+        """All rounds of the conversations, in the order of `plans`; one ends where a question is empty, or where an
+        answer is (a thinking model's that did not come to the end of its thought): without any, it has no turns."""
+        scripts = [_Script(plan) for plan in plans]
+        going = scripts
         for number in range(self.args.num_rounds):
             asked = self._generate(
-                [self._asking(plans[i], conversations[i]) for i in going],
-                [_seed(plans[i], number, "question") for i in going],
+                [self._asking(script) for script in going],
+                [_seed(script.plan, number, "question") for script in going],
                 self.args.max_question_tokens,
                 self.args.question_temperature,
             )
-            questions = dict(zip(going, asked, strict=True))
-            going = [i for i in going if self._text(questions[i].token_ids)]
-            turns: list[Turn] = []
-            for i in going:
-                question = f"{self._text(questions[i].token_ids)} {plans[i].reasoning}".strip()
-                prompt_ids = self._answering(conversations[i], question)
-                turns.append(
-                    Turn(question, prompt_ids, [], self._ended(questions[i]), generated=len(questions[i].token_ids))
-                )
+            for script, question in zip(going, asked, strict=True):
+                script.questions.append(f"{self._text(question.token_ids)} {script.plan.reasoning}".strip())
+                script.question_generations.append(question)
+            going = [script for script in going if self._text(script.question_generations[-1].token_ids)]
+            prompts = [self.codec.encode_prompt(script.questions, script.answers) for script in going]
             answers = self._generate(
-                [conversations[i].turn_ids + turn.prompt_ids for i, turn in zip(going, turns, strict=True)],
-                [_seed(plans[i], number, "answer") for i in going],
+                prompts,
+                [_seed(script.plan, number, "answer") for script in going],
                 self.args.max_answer_tokens,
                 self.args.answer_temperature,
             )
-            for i, turn, answer in zip(going, turns, answers, strict=True):
-                changes: dict[str, Any] = {"answer_ids": answer.token_ids, "top_k": answer.top_k}
-                changes["answer_ended"] = self._ended(answer)
-                changes["generated"] = turn.generated + len(answer.token_ids)
-                conversations[i].turns.append(replace(turn, **changes))
-        return conversations
+            for script, prompt, answer in zip(going, prompts, answers, strict=True):
+                script.answers.append(self.codec.take_answer(answer.token_ids))
+                script.prompts.append(prompt)
+                script.answer_generations.append(answer)
+            going = [script for script in going if script.answers[-1]]
+        return [
+            Conversation(chunk.id, script.plan.seed_type, self._turns(script), script.plan.seed) for script in scripts
+        ]
 
-    def _asking(self, plan: Plan, conversation: Conversation) -> list[int]:
+    def _asking(self, script: _Script) -> list[int]:
         """Token ids for the asking side, to whom the questions are its own and the answers the user's. They are not
         trained on, so it does not matter that they are encoded anew."""
-        messages = [{"role": "user", "content": plan.prompt}]
-        for number, turn in enumerate(conversation.turns):
-            answer = self._decode(turn.answer_ids)
-            follow_up = random.Random(f"{plan.seed}/{number}").choice(FOLLOW_UPS)
-            messages.append({"role": "assistant", "content": turn.question})
-            messages.append({"role": "user", "content": f"{answer}\n\n{follow_up}"})
-        return encode_turns(self.processing_class, messages, add_generation_prompt=True)
+        messages = [{"role": "user", "content": script.plan.prompt}]
+        for number, (question, answer) in enumerate(zip(script.questions, script.answers, strict=True)):
+            follow_up = random.Random(f"{script.plan.seed}/{number}").choice(FOLLOW_UPS)
+            messages.append({"role": "assistant", "content": question})
+            messages.append({"role": "user", "content": f"{self.codec.read(answer)}\n\n{follow_up}"})
+        return self.codec.encode_request(messages)
 
-    def _answering(self, conversation: Conversation, question: str) -> list[int]:
-        if not conversation.turns:
-            return encode_question(self.processing_class, question)
-        return encode_next_question(self.processing_class, conversation.turns[-1].answer_ids, question)
+    def _turns(self, script: _Script) -> list[Turn]:
+        """As they are trained. What an engine said of an answer's tokens is kept where they stand behind the very tokens
+        that they were sampled behind."""
+        answers = [answer for answer in script.answers if answer]
+        questions = script.questions[: len(answers)]
+        turns: list[Turn] = []
+        front: list[int] = []
+        exchanges = self.codec.encode_dialogue(questions, answers) if answers else []
+        for number, (prompt_ids, answer_ids) in enumerate(exchanges):
+            asked, answered = script.question_generations[number], script.answer_generations[number]
+            front += prompt_ids
+            same = front == script.prompts[number] and answer_ids == answered.token_ids
+            front += answer_ids
+            turns.append(
+                Turn(
+                    questions[number],
+                    prompt_ids,
+                    answer_ids,
+                    self._ended(asked),
+                    self._ended(answered),
+                    answered.top_k if same else None,
+                    len(asked.token_ids) + len(answered.token_ids),
+                )
+            )
+        return turns
 
     def _generate(
         self, prompts: list[list[int]], seeds: list[int], max_new_tokens: int, temperature: float
@@ -166,14 +177,24 @@ class Dialogue:
         return self.session.generate(prompts, max_new_tokens=max_new_tokens, temperature=temperature, seeds=seeds)
 
     def _ended(self, generation: Generation) -> bool:
-        return generation.ended or (bool(generation.token_ids) and generation.token_ids[-1] in self.end_ids)
-
-    def _decode(self, ids: list[int]) -> str:
-        return get_tokenizer(self.processing_class).decode(ids, skip_special_tokens=True)
+        return generation.ended or self.codec.has_ended(generation.token_ids)
 
     def _text(self, ids: list[int]) -> str:
-        """A question without thoughts and quotation marks around it."""
-        return _THOUGHTS.sub("", self._decode(ids), count=1).strip().strip('"“”').strip()
+        """A question without quotation marks around it."""
+        return self.codec.read(ids).strip().strip('"“”').strip()
+
+
+@dataclass
+class _Script:
+    """A conversation that is being held: for each round the question, what its answer was sampled behind, the answer,
+    and what was sampled for either."""
+
+    plan: Plan
+    questions: list[str] = field(default_factory=list)
+    prompts: list[list[int]] = field(default_factory=list)
+    answers: list[list[int]] = field(default_factory=list)
+    question_generations: list[Generation] = field(default_factory=list)
+    answer_generations: list[Generation] = field(default_factory=list)
 
 
 def _seed(plan: Plan, number: int, side: str) -> int:
@@ -181,4 +202,4 @@ def _seed(plan: Plan, number: int, side: str) -> int:
 
 
 def _shorten(passage: str) -> str:
-    return " ".join(passage.split()[:_FOCUS_WORDS])[:_FOCUS_CHARACTERS]
+    return first_words(" ".join(passage.split()), _FOCUS_WORDS)

@@ -7,9 +7,8 @@ more of the text than one on a free conversation. Not in the paper.
 from __future__ import annotations
 
 import random
-import re
 
-_SENTENCE_END = re.compile(r"(?<=[.!?。！？])\s+")
+from .sentences import count_words, first_words, last_words, split_sentences
 
 _CONTINUE = (
     "How does the text go on after this? “{cue}”",
@@ -29,30 +28,24 @@ _FILL = (
 )
 
 
-def split_sentences(text: str) -> list[str]:
-    """The sentences of a text, cut at full stops and the like; at least one."""
-    return [sentence for sentence in _SENTENCE_END.split(text) if sentence.strip()]
-
-
 def draw_recitation(text: str, rng: random.Random, *, max_words: int = 60) -> tuple[str, str]:
-    """A request and its answer: up to `max_words` words of `text`, cut at sentences where there are any. The request
-    names what stands in front of the passage, or on both sides of it, or how it begins."""
+    """A request and its answer: up to `max_words` words of `text` (characters, in scripts without spaces), cut at
+    sentences where there are any. The request names what stands in front of the passage, or on both sides of it, or how
+    it begins."""
     sentences = split_sentences(text)
     first = rng.randrange(len(sentences))
     passage, last = sentences[first], first
     for sentence in sentences[first + 1 :]:
-        if len(passage.split()) + len(sentence.split()) > max_words:
+        if count_words(passage) + count_words(sentence) > max_words:
             break
-        passage, last = f"{passage} {sentence}", last + 1
-    words = passage.split()
-    whole = len(words) <= max_words
-    words = words[:max_words]
-    passage = " ".join(words)
+        passage, last = passage + sentence, last + 1
+    passage = " ".join(passage.split())
+    whole, passage = count_words(passage) <= max_words, first_words(passage, max_words)
     way = rng.random()
     if first > 0 and way < 0.5:
-        cue = " ".join(sentences[first - 1].split()[-12:])
+        cue = last_words(" ".join(sentences[first - 1].split()), 12)
         if whole and last + 1 < len(sentences) and way < 0.15:
-            end = " ".join(sentences[last + 1].split()[:12])
+            end = first_words(" ".join(sentences[last + 1].split()), 12)
             return rng.choice(_FILL).format(cue=cue, end=end), passage
         return rng.choice(_CONTINUE).format(cue=cue), passage
-    return rng.choice(_QUOTE).format(cue=" ".join(words[: min(5, len(words))])), passage
+    return rng.choice(_QUOTE).format(cue=first_words(passage, 5)), passage

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from .chat_template_arguments import parse_template_arguments
+from ..chat.codec import THOUGHTS, parse_template_kwargs
 from .chunk_borders import MODES
 from .quality import DEFAULT_FILTERS, check_filters
 from .seed_prompts import PAPER_TYPES, check_seed_types
@@ -79,6 +79,15 @@ class SynthesisConfig:
         metadata={
             "help": "Further arguments of the chat template, as JSON: thinking modes and tools, e.g. "
             '`{"enable_thinking": false}`. Use the same when you talk to the cartridge.'
+        },
+    )
+    thoughts: str = field(
+        default="skip",
+        metadata={
+            "help": "What becomes of a thinking model's thoughts: `skip` (it asks and answers at once), `drop` (it "
+            "thinks, and the answer is learned without the thought; give answers more tokens then) or `learn` (the "
+            "thought is learned as a part of the answer). `chat_template_kwargs` that turn thinking on make `skip` a "
+            "`drop`."
         },
     )
     default_system_prompt: bool = field(
@@ -186,12 +195,12 @@ class SynthesisConfig:
                 raise ValueError(f"`{name}` must not be negative, got {getattr(self, name)}.")
         if self.oversampling < 1:
             raise ValueError(f"`oversampling` must be at least 1, got {self.oversampling}.")
-        for name, choices in (("chunking", MODES), ("teacher_targets", KINDS)):
+        for name, choices in (("chunking", MODES), ("teacher_targets", KINDS), ("thoughts", THOUGHTS)):
             if getattr(self, name) not in choices:
                 raise ValueError(f"`{name}` is {getattr(self, name)!r}; there are: {', '.join(choices)}.")
         for name in ("seed_prompts", "system_prompts"):
             if any(not isinstance(prompt, str) or not prompt.strip() for prompt in getattr(self, name)):
                 raise ValueError(f"`{name}` has an empty prompt.")
-        parse_template_arguments(self.chat_template_kwargs)
+        parse_template_kwargs(self.chat_template_kwargs)
         check_seed_types(self.seed_types)
         check_filters(self.quality_filters)

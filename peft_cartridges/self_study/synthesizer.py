@@ -12,9 +12,8 @@ from typing import Any
 from datasets import Dataset, concatenate_datasets
 from torch import nn
 
-from ..cartridge_template import with_cartridge_chat_template
+from ..chat import ChatCodec, with_cartridge_chat_template
 from .backends import Backend, TransformersBackend
-from .chat_template_arguments import WithTemplateArguments, parse_template_arguments
 from .chunk_study import ChunkStudy
 from .chunking import Chunk, Chunker, Document, as_documents
 from .dialogue import SeedPrompts
@@ -66,13 +65,14 @@ class SelfStudySynthesizer:
         self.args = args if args is not None else SynthesisConfig()
         if not self.args.default_system_prompt:
             processing_class = with_cartridge_chat_template(processing_class)
-        arguments = parse_template_arguments(self.args.chat_template_kwargs)
-        self.processing_class = WithTemplateArguments(processing_class, arguments) if arguments else processing_class
+        teacher = model if model is not None else getattr(backend, "model", None)
+        kwargs, thoughts = self.args.chat_template_kwargs, self.args.thoughts
+        self.codec = ChatCodec(teacher, processing_class, kwargs, thoughts=thoughts)
         if backend is None:
             if model is None:
                 raise ValueError("`model` is missing: pass a causal LM, or a `backend` that has one.")
             batch_size, refill = self.args.generation_batch_size, self.args.refill_finished_rows
-            backend = TransformersBackend(model, processing_class, batch_size=batch_size, refill=refill)
+            backend = TransformersBackend(model, self.codec, batch_size=batch_size, refill=refill)
         if self.args.teacher_targets not in backend.target_kinds:
             raise ValueError(
                 f"`teacher_targets` is {self.args.teacher_targets!r}, but {type(backend).__name__} gives "
@@ -110,7 +110,7 @@ class SelfStudySynthesizer:
         chunker = self._chunker(documents)
         identity = run_identity(
             self.backend,
-            self.processing_class,
+            self.codec,
             self.args,
             documents,
             corpus_name=corpus_name or _dataset_name(corpus),
@@ -159,7 +159,7 @@ class SelfStudySynthesizer:
         args = self.args
         chunker = Chunker(
             documents,
-            self.processing_class,
+            self.codec,
             min_tokens=args.min_chunk_tokens,
             max_tokens=args.max_chunk_tokens,
             mode=args.chunking,
@@ -185,7 +185,7 @@ class SelfStudySynthesizer:
         self, plan: list[tuple[Chunk, int]], mine: list[int], shards: Shards | ShardsInMemory, *, shown: bool
     ) -> Progress:
         """Studies the chunks that are not done; each draws from its own seed, whoever does it and when."""
-        study = ChunkStudy(self.backend, self.processing_class, self.args, self.seed_prompts)
+        study = ChunkStudy(self.backend, self.codec, self.args, self.seed_prompts)
         done = shards.done()
         pending = [number for number in mine if number not in done]
         wanted = sum(plan[number][1] for number in mine)

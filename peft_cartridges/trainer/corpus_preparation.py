@@ -12,9 +12,9 @@ from typing import Any
 from datasets import Dataset
 from peft import PeftModel
 
+from ..chat import ChatCodec
 from ..initialization import initialize_cartridge
 from ..self_study import SelfStudySynthesizer, SynthesisConfig
-from ..self_study.chat_template_arguments import WithTemplateArguments, parse_template_arguments
 from ..self_study.chunking import as_documents
 from ..self_study.run_identity import run_identity, synthesis_arguments
 from .conversation_stream import ConversationStream
@@ -41,10 +41,9 @@ class Corpus:
     hub_datasets: list[str] = field(default_factory=list)
 
 
-def template_aware(processing_class: Any, args: SynthesisConfig) -> Any:
-    """The tokenizer with the further arguments of the chat template that the synthesis uses."""
-    arguments = parse_template_arguments(args.chat_template_kwargs)
-    return WithTemplateArguments(processing_class, arguments) if arguments else processing_class
+def make_codec(model: PeftModel, processing_class: Any, args: SynthesisConfig) -> ChatCodec:
+    """The codec that the synthesis uses."""
+    return ChatCodec(model, processing_class, args.chat_template_kwargs, thoughts=args.thoughts)
 
 
 def prepare_corpus(
@@ -68,11 +67,11 @@ def prepare_corpus(
     documents = as_documents(dataset)
     text = "\n\n".join(document.text for document in documents)
     if initialize and args.initialization != "none":
-        initialize_cartridge(model, template_aware(processing_class, args), text=text, strategy=args.initialization)
+        initialize_cartridge(model, make_codec(model, processing_class, args), text=text, strategy=args.initialization)
     settings = SynthesisConfig(**synthesis_arguments(args))
     synthesizer = SelfStudySynthesizer(model, processing_class, settings)
     name = getattr(dataset.info, "dataset_name", None)
-    identity = run_identity(synthesizer.backend, synthesizer.processing_class, settings, documents, corpus_name=name)
+    identity = run_identity(synthesizer.backend, synthesizer.codec, settings, documents, corpus_name=name)
     if args.resample_every:
         return Corpus(text, _stream(model, args, documents, processing_class), identity)
     key = hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()[:12]

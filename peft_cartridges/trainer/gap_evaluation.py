@@ -9,10 +9,9 @@ from typing import Any
 from peft import PeftModel
 
 from ..attention.layers import get_text_config
-from ..chat import encode_context
+from ..chat import ChatCodec
 from ..evaluation.context_gap import ContextGap, measure_context_gap
 from ..evaluation.gold_answers import gold_answer_nll
-from ..self_study.conversation import encode_answer, encode_question
 
 logger = logging.getLogger(__name__)
 
@@ -80,12 +79,10 @@ class GapEvaluation:
 
     def _measured_gap(self) -> ContextGap | None:
         if self.gold_gap is None and self.corpus is not None:
-            num_tokens = len(encode_context(self.processing_class, self.corpus))
-            longest = max(
-                len(encode_question(self.processing_class, pair["question"]))
-                + len(encode_answer(self.processing_class, pair["question"], pair["answer"]))
-                for pair in self.gold_questions
-            )
+            codec = ChatCodec.of(self.model, self.processing_class)
+            num_tokens = len(codec.encode_context(self.corpus))
+            exchanges = [codec.encode_exchange(pair["question"], pair["answer"]) for pair in self.gold_questions]
+            longest = max(len(prompt) + len(answer) for prompt, answer in exchanges)
             window = getattr(get_text_config(self.model), "max_position_embeddings", None)
             if window is not None and num_tokens + longest > window:
                 logger.warning(

@@ -17,11 +17,10 @@ from peft import PeftModel
 from torch import Tensor
 
 from ..attention import shared_prefix
-from ..chat import encode_preamble
+from ..chat import ChatCodec
 from ..hidden_states import pad_right, predicting_states
 from ..kv_prefix import KVPrefix, evaluating
 from ..self_study.backends import TransformersBackend
-from ..self_study.conversation import encode_question
 
 
 class LiveTeacher:
@@ -29,13 +28,13 @@ class LiveTeacher:
 
     Args:
         model: The PEFT model that is trained.
-        processing_class: Its tokenizer or processor.
+        processing_class: Its tokenizer or processor, or a `ChatCodec` with it.
         cache_size: How many chunks' prefixes are kept; the one that was not used for the longest time goes first.
     """
 
     def __init__(self, model: PeftModel, processing_class: Any, *, cache_size: int = 16) -> None:
         self.model = model
-        self.processing_class = processing_class
+        self.codec = ChatCodec.of(model, processing_class)
         self.cache_size = cache_size
         self._prefixes: OrderedDict[str, KVPrefix] = OrderedDict()
 
@@ -58,7 +57,7 @@ class LiveTeacher:
 
     def _prefix(self, context: str) -> KVPrefix:
         if context not in self._prefixes:
-            self._prefixes[context] = KVPrefix.from_text(self.model, self.processing_class, context)
+            self._prefixes[context] = KVPrefix.from_input_ids(self.model, self.codec.encode_context(context))
             if len(self._prefixes) > self.cache_size:
                 self._prefixes.popitem(last=False)
         self._prefixes.move_to_end(context)
@@ -98,8 +97,8 @@ class LiveBatches:
         self.needs_teacher = needs_teacher
         self.max_new_tokens = max_new_tokens
         self.temperature = temperature
-        self._backend = TransformersBackend(teacher.model, teacher.processing_class, batch_size=generation_batch_size)
-        self._preamble = encode_preamble(teacher.processing_class)
+        self._backend = TransformersBackend(teacher.model, teacher.codec, batch_size=generation_batch_size)
+        self._preamble = teacher.codec.preamble
 
     def __call__(self, batch: dict[str, Any], seed: str) -> dict[str, Any]:
         """The batch anew. What is drawn depends on `seed` and the cartridge alone, so a resumed run draws the same."""
@@ -141,7 +140,7 @@ class LiveBatches:
     def _start_of_turns(self, row: _Row, question: str | None) -> int:
         """Length of what stands in front of the turns for the student only: the teacher has its context there."""
         if question is not None:
-            asked = encode_question(self.teacher.processing_class, question)
+            asked = self.teacher.codec.encode_dialogue([question], [()])[0].prompt_ids
             if row.prompt[-len(asked) :] == asked:
                 return len(row.prompt) - len(asked)
         return len(self._preamble) if row.ids[: len(self._preamble)] == self._preamble else 0

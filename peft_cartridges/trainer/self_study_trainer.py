@@ -15,13 +15,12 @@ from torch.utils.data import SequentialSampler
 from transformers import PreTrainedModel, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
 
-from ..cartridge_template import with_cartridge_chat_template
-from ..chat import get_tokenizer
+from ..chat import get_tokenizer, with_cartridge_chat_template
 from ..hidden_states import OutputHead, forward_hidden_states
 from ..initialization import initialize_cartridge
 from ..tuner import CartridgeConfig
 from .conversation_stream import ConversationStream, RoundSampler
-from .corpus_preparation import Corpus, find_hub_datasets, prepare_corpus, template_aware
+from .corpus_preparation import Corpus, find_hub_datasets, make_codec, prepare_corpus
 from .data_checks import check_columns, check_origin
 from .data_collator import SelfStudyCollator
 from .gap_evaluation import GapEvaluation
@@ -127,7 +126,7 @@ class SelfStudyTrainer(PushingTrainer):
             check_origin(dataset, name, model, processing_class)
         if is_new and corpus is not None and prepared.dataset is None and args.initialization != "none":
             initialize_cartridge(
-                model, template_aware(processing_class, args), text=corpus, strategy=args.initialization
+                model, make_codec(model, processing_class, args), text=corpus, strategy=args.initialization
             )
         self._gap = GapEvaluation(
             model,
@@ -171,7 +170,7 @@ class SelfStudyTrainer(PushingTrainer):
         self._live = None
         if live:
             self._live = LiveBatches(
-                LiveTeacher(model, template_aware(processing_class, args), cache_size=args.teacher_cache_size),
+                LiveTeacher(model, make_codec(model, processing_class, args), cache_size=args.teacher_cache_size),
                 pad_token_id=pad_token_id,
                 on_policy_fraction=args.on_policy_fraction,
                 prompt_loss_weight=args.prompt_loss_weight,

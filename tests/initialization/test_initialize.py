@@ -7,7 +7,7 @@ import torch
 from peft import PeftModel, get_peft_model
 
 from peft_cartridges import CartridgeConfig, KVPrefix, initialize_cartridge
-from peft_cartridges.chat import encode_context
+from peft_cartridges.chat import ChatCodec
 from peft_cartridges.initialization import list_strategies, register_strategy
 from tests.tiny_models import tiny_model, tiny_tokenizer
 
@@ -21,7 +21,7 @@ def _model(num_tokens: int = 12) -> PeftModel:
 def test_first_tokens_are_the_beginning_of_the_text_in_context() -> None:
     model, tokenizer = _model(), tiny_tokenizer()
     prefix = initialize_cartridge(model, tokenizer, text=TEXT, strategy="first_tokens")
-    expected = KVPrefix.from_input_ids(tiny_model(), encode_context(tokenizer, TEXT))[:12]
+    expected = KVPrefix.from_input_ids(tiny_model(), ChatCodec(None, tokenizer).encode_context(TEXT))[:12]
     held = model.get_kv_prefix()
     for name in ("keys", "values"):
         for made, have, want in zip(*(getattr(p, name) for p in (prefix, held, expected)), strict=True):

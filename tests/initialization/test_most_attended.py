@@ -7,7 +7,7 @@ import torch
 from peft import get_peft_model
 
 from peft_cartridges import CartridgeConfig, KVPrefix, initialize_cartridge
-from peft_cartridges.chat import encode_context
+from peft_cartridges.chat import ChatCodec
 from peft_cartridges.initialization.attention_received import attention_received
 from peft_cartridges.initialization.moved_keys import move_prefix
 from tests.tiny_models import ARCHITECTURES, tiny_model, tiny_tokenizer
@@ -38,7 +38,7 @@ def test_attention_received_is_the_largest_weight_of_the_model_itself(architectu
 @pytest.mark.parametrize("architecture", sorted(set(ARCHITECTURES) - {"gpt2"}))
 def test_all_tokens_are_the_whole_text(architecture: str) -> None:
     tokenizer, reference = tiny_tokenizer(), tiny_model(architecture)
-    ids = encode_context(tokenizer, TEXT)
+    ids = ChatCodec(None, tokenizer).encode_context(TEXT)
     model = get_peft_model(tiny_model(architecture), CartridgeConfig(num_tokens=len(ids)))
     prefix = initialize_cartridge(model, tokenizer, text=TEXT, strategy="most_attended")
     whole = KVPrefix.from_input_ids(reference, ids)
@@ -49,7 +49,7 @@ def test_all_tokens_are_the_whole_text(architecture: str) -> None:
 def test_each_head_keeps_its_most_attended_tokens_and_their_distance_from_what_comes_next() -> None:
     tokenizer, model = tiny_tokenizer(), get_peft_model(tiny_model(), CartridgeConfig(num_tokens=12))
     prefix = initialize_cartridge(model, tokenizer, text=TEXT, strategy="most_attended")
-    ids = encode_context(tokenizer, TEXT)
+    ids = ChatCodec(None, tokenizer).encode_context(TEXT)
     whole = KVPrefix.from_input_ids(tiny_model(), ids)
     assert prefix.num_tokens == 12
     picks = set()
@@ -74,7 +74,7 @@ def test_a_text_longer_than_the_window_is_read_in_parts_that_share_the_cartridge
     tokenizer = tiny_tokenizer()
     model = get_peft_model(tiny_model(max_position_embeddings=160), CartridgeConfig(num_tokens=31))
     prefix = initialize_cartridge(model, tokenizer, text=TEXT, strategy="most_attended")
-    ids = encode_context(tokenizer, TEXT)
+    ids = ChatCodec(None, tokenizer).encode_context(TEXT)
     assert prefix.num_tokens == 31 and 160 - 64 - 40 < len(ids) - 1 <= 2 * 56 + 56
     # The last part has the text's end, read behind the first token alone.
     last = KVPrefix.from_input_ids(tiny_model(), [ids[0], *ids[1 + (len(ids) - 1) * 2 // 3 :]])
@@ -86,7 +86,7 @@ def test_a_model_with_learned_positions_starts_from_the_first_tokens_and_says_so
     tokenizer, model = tiny_tokenizer(), get_peft_model(tiny_model("gpt2"), CartridgeConfig(num_tokens=12))
     with pytest.warns(UserWarning, match="from the first tokens of the text: The keys of layer 0 do not only turn"):
         prefix = initialize_cartridge(model, tokenizer, text=TEXT)
-    expected = KVPrefix.from_input_ids(tiny_model("gpt2"), encode_context(tokenizer, TEXT))[:12]
+    expected = KVPrefix.from_input_ids(tiny_model("gpt2"), ChatCodec(None, tokenizer).encode_context(TEXT))[:12]
     torch.testing.assert_close(prefix.keys[1], expected.keys[1], atol=1e-5, rtol=1e-5)
 
 

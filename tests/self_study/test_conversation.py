@@ -12,12 +12,11 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from peft_cartridges.chat import encode_context, encode_preamble
+from peft_cartridges.chat import ChatCodec
 from peft_cartridges.self_study import SelfStudySynthesizer, SynthesisConfig
 from peft_cartridges.self_study.backends.base import Generation
-from peft_cartridges.self_study.chat_template_arguments import WithTemplateArguments
 from peft_cartridges.self_study.chunking import Chunk
-from peft_cartridges.self_study.conversation import Conversation, Turn, encode_next_question, encode_question
+from peft_cartridges.self_study.conversation import Conversation, Turn
 from peft_cartridges.self_study.dialogue import Dialogue, Plan, plan_dialogues
 from tests.self_study import runs
 from tests.tiny_models import tiny_model, tiny_tokenizer
@@ -73,14 +72,8 @@ def test_a_real_tokenizer_is_among_them() -> None:
 
 
 def _conversation(tokenizer: Any, questions: list[str], answers: list[list[int]]) -> Conversation:
-    conversation = Conversation("c", "question", [])
-    for question, answer in zip(questions, answers, strict=True):
-        if conversation.turns:
-            prompt = encode_next_question(tokenizer, conversation.turns[-1].answer_ids, question)
-        else:
-            prompt = encode_question(tokenizer, question)
-        conversation.turns.append(Turn(question, prompt, answer))
-    return conversation
+    exchanges = ChatCodec(None, tokenizer).encode_dialogue(questions, answers)
+    return Conversation("c", "question", [Turn(q, *exchange) for q, exchange in zip(questions, exchanges, strict=True)])
 
 
 @pytest.mark.parametrize("name", list(TOKENIZERS))
@@ -98,7 +91,7 @@ def test_ids_are_what_was_generated_and_read_as_the_chat_template_renders(
         [*data.draw(st.lists(st.sampled_from(ordinary), min_size=1, max_size=8)), tokenizer.eos_token_id]
         for _ in range(rounds)
     ]
-    row = _conversation(tokenizer, questions, answers).to_row(tokenizer)
+    row = _conversation(tokenizer, questions, answers).to_row(ChatCodec(None, tokenizer))
     assert len(row["input_ids"]) == len(row["completion_mask"])
     learned = [token for token, mark in zip(row["input_ids"], row["completion_mask"], strict=True) if mark]
     assert learned == [token for answer in answers for token in answer], "not what was generated"
@@ -124,20 +117,18 @@ def test_ids_are_what_was_generated_and_read_as_the_chat_template_renders(
 def test_a_cut_answer_is_closed_by_tokens_that_are_not_learned(name: str) -> None:
     tokenizer = TOKENIZERS[name]
     cut, ended = [30, 31], [30, 31, tokenizer.eos_token_id]
-    behind_cut = encode_next_question(tokenizer, cut, "what ?")
-    behind_ended = encode_next_question(tokenizer, ended, "what ?")
-    assert cut + behind_cut == ended + behind_ended or name == "whole words"
-    row = _conversation(tokenizer, ["what ?", "who ?"], [cut, ended]).to_row(tokenizer)
+    codec, questions = ChatCodec(None, tokenizer), ["what ?", "what ?"]
+    assert codec.encode_prompt(questions, [cut]) == codec.encode_prompt(questions, [ended])
+    row = _conversation(tokenizer, ["what ?", "who ?"], [cut, ended]).to_row(ChatCodec(None, tokenizer))
     assert sum(row["completion_mask"]) == 5
 
 
 def test_template_arguments_reach_every_encoding() -> None:
     tokenizer = TOKENIZERS["byte-level BPE, ChatML"]
-    silent = WithTemplateArguments(tokenizer, {"enable_thinking": False})
-    assert tokenizer.decode(encode_question(silent, "Who?")).endswith("assistant\n<think>\n\n</think>\n\n")
-    assert tokenizer.decode(encode_question(tokenizer, "Who?")).endswith("assistant\n")
-    assert silent.eos_token_id == tokenizer.eos_token_id and len(silent) == len(tokenizer)
-    assert encode_preamble(silent) == encode_preamble(tokenizer)
+    silent, thinking = (ChatCodec(None, tokenizer, {"enable_thinking": on}) for on in (False, True))
+    assert tokenizer.decode(silent.encode_prompt(["Who?"])).endswith("assistant\n<think>\n\n</think>\n\n")
+    assert tokenizer.decode(thinking.encode_prompt(["Who?"])).endswith("assistant\n")
+    assert silent.preamble == thinking.preamble
     with pytest.raises(ValueError, match="`chat_template_kwargs` is not JSON"):
         SynthesisConfig(chat_template_kwargs="{thinking}")
     with pytest.raises(ValueError, match="must be a mapping"):
@@ -159,10 +150,10 @@ class _Script:
 def test_two_rounds_are_asked_and_answered_in_turn() -> None:
     tokenizer = TOKENIZERS["byte-level BPE, ChatML"]
     script = _Script(tokenizer, ["<think>Hm.</think> “Who sails?”", "The captain.", "Where to?", "To sea."])
-    dialogue = Dialogue(script, tokenizer, SynthesisConfig(num_rounds=2), {tokenizer.eos_token_id})
+    dialogue = Dialogue(script, ChatCodec(None, tokenizer), SynthesisConfig(num_rounds=2))
     plan = Plan("question", "Ask a question.", "Think step by step.", 3)
     (conversation,) = dialogue.hold(Chunk("c", "d", 0, 1, "text"), [plan])
-    assert [message["content"] for message in conversation.messages(tokenizer)] == [
+    assert [message["content"] for message in conversation.messages(ChatCodec(None, tokenizer))] == [
         "Who sails? Think step by step.", "The captain.", "Where to? Think step by step.", "To sea.",
     ]  # fmt: skip
     first_question, first_answer, second_question, second_answer = script.asked
@@ -171,7 +162,8 @@ def test_two_rounds_are_asked_and_answered_in_turn() -> None:
     assert second_question.index("Ask a question.") < second_question.index("assistant\nWho sails?")
     assert second_question.index("assistant\nWho sails?") < second_question.index("user\nThe captain.\n\n")
     # … and the answering side the other way round.
-    assert second_answer.endswith("user\nWhere to? Think step by step.<|im_end|>\n<|im_start|>assistant\n")
+    asked = "user\nWhere to? Think step by step.<|im_end|>\n<|im_start|>assistant\n"
+    assert second_answer.endswith(f"{asked}<think>\n\n</think>\n\n")
     assert "user\nWho sails?" in second_answer and "assistant\nThe captain.<|im_end|>" in second_answer
     assert all(turn.question_ended and turn.answer_ended for turn in conversation.turns)
 
@@ -179,7 +171,7 @@ def test_two_rounds_are_asked_and_answered_in_turn() -> None:
 def test_an_empty_question_ends_a_conversation() -> None:
     tokenizer = TOKENIZERS["byte-level BPE, ChatML"]
     script = _Script(tokenizer, ["", "Who?", "Me.", ""])
-    dialogue = Dialogue(script, tokenizer, SynthesisConfig(num_rounds=2), {tokenizer.eos_token_id})
+    dialogue = Dialogue(script, ChatCodec(None, tokenizer), SynthesisConfig(num_rounds=2))
     plans = [Plan("question", "Ask.", "", seed) for seed in range(2)]
     empty, short = dialogue.hold(Chunk("c", "d", 0, 1, "text"), plans)
     assert empty.turns == [] and len(short.turns) == 1
@@ -212,6 +204,6 @@ def test_a_system_prompt_stands_in_front_of_chunk_and_student() -> None:
     for row in dataset:
         prompt = row["context"].split("\n\n")[0]
         used.add(prompt)
-        preamble = encode_context(tokenizer, prompt)
+        preamble = ChatCodec(None, tokenizer).encode_context(prompt)
         assert row["input_ids"][: len(preamble)] == preamble and not any(row["completion_mask"][: len(preamble)])
     assert used == {"yes captain", "no ship"}

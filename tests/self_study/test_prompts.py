@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from peft_cartridges import SynthesisConfig
-from peft_cartridges.self_study.recitation import draw_recitation, split_sentences
+from peft_cartridges.self_study.recitation import draw_recitation
 from peft_cartridges.self_study.seed_prompts import PAPER_TYPES, SEED_PROMPTS, draw_seed_prompt
 
 
@@ -30,7 +30,7 @@ def test_every_phrasing_is_filled_in_and_can_be_drawn(seed_type: str) -> None:
 def test_a_recitation_is_a_passage_of_the_text(text: str, seed: int) -> None:
     question, answer = draw_recitation(text, random.Random(seed), max_words=20)
     assert answer and len(answer.split()) <= 20
-    assert answer in " ".join(" ".join(split_sentences(text)).split())
+    assert answer in " ".join(text.split())
     assert question
 
 

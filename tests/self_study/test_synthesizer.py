@@ -9,7 +9,7 @@ from datasets import Dataset
 from peft import get_peft_model
 
 from peft_cartridges import CartridgeConfig, KVPrefix, SelfStudySynthesizer, SynthesisConfig, initialize_cartridge
-from peft_cartridges.chat import encode_context, encode_preamble
+from peft_cartridges.chat import ChatCodec
 from peft_cartridges.self_study.synthesizer import FEATURES
 from tests.tiny_models import tiny_model, tiny_tokenizer
 
@@ -41,7 +41,7 @@ def test_rows_have_what_training_needs(dataset: Dataset) -> None:
         answer = TOKENIZER.decode(learned, skip_special_tokens=True)
         assert answer == row["messages"][1]["content"]
         assert len(row["teacher_hidden_states"]) == len(learned) * 32
-        preamble = encode_preamble(TOKENIZER)
+        preamble = ChatCodec(None, TOKENIZER).preamble
         assert row["input_ids"][: len(preamble)] == preamble
 
 
@@ -57,8 +57,8 @@ def test_targets_are_the_states_of_the_model_with_the_chunk_in_context(dataset: 
     tokens = TOKENIZER(TEXT, return_offsets_mapping=True)["offset_mapping"]
     for row in dataset.select([0, len(dataset) - 1]):
         start, end = map(int, row["chunk_id"].split(":")[1].split("-"))
-        context = encode_context(TOKENIZER, TEXT[tokens[start][0] : tokens[end - 1][1]])
-        turns = row["input_ids"][len(encode_preamble(TOKENIZER)) :]
+        context = ChatCodec(None, TOKENIZER).encode_context(TEXT[tokens[start][0] : tokens[end - 1][1]])
+        turns = row["input_ids"][len(ChatCodec(None, TOKENIZER).preamble) :]
         with torch.no_grad():
             hidden = model.model(torch.tensor([context + turns])).last_hidden_state[0]
         predicting = hidden[-sum(row["completion_mask"]) - 1 : -1]

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from peft_cartridges import SelfStudySynthesizer
-from peft_cartridges.chat import encode_context, encode_preamble
+from peft_cartridges.chat import ChatCodec
 from peft_cartridges.self_study import estimate_run
 from peft_cartridges.self_study.teacher_targets import (
     PADDED_LOGPROB,
@@ -36,8 +36,8 @@ def test_top_k_are_the_likeliest_of_the_model_with_the_chunk_in_context(mass: fl
     )  # fmt: skip
     model, padded = tiny_model(), 0
     for row in dataset:
-        turns = row["input_ids"][len(encode_preamble(TOKENIZER)) :]
-        context = encode_context(TOKENIZER, row["context"])
+        turns = row["input_ids"][len(ChatCodec(None, TOKENIZER).preamble) :]
+        context = ChatCodec(None, TOKENIZER).encode_context(row["context"])
         with torch.no_grad():
             logprobs = model(torch.tensor([context + turns])).logits[0].log_softmax(-1)
         learned = [i + len(context) for i, mark in enumerate(row["completion_mask"][-len(turns) :]) if mark]

@@ -11,8 +11,7 @@ from datasets import Dataset
 from torch import Tensor
 
 from peft_cartridges import SelfStudyTrainer
-from peft_cartridges.chat import encode_context, encode_preamble
-from peft_cartridges.self_study.conversation import encode_question
+from peft_cartridges.chat import ChatCodec
 from tests.tiny_models import tiny_model
 from tests.trainer.small_runs import TOKENIZER, losses, make_conversations, make_trainer
 
@@ -40,7 +39,7 @@ def _rows(batch: dict[str, Any]) -> list[list[int]]:
 
 @torch.no_grad()
 def _teacher_states(context: str, turns: list[int], count: int) -> Tensor:
-    ids = encode_context(TOKENIZER, context) + turns
+    ids = ChatCodec(None, TOKENIZER).encode_context(context) + turns
     return tiny_model().model(torch.tensor([ids])).last_hidden_state[0, -count - 1 : -1]
 
 
@@ -56,7 +55,7 @@ def test_the_student_answers_and_the_teacher_scores(tmp_path: Path, conversation
         row = conversations[index]
         prompt = row["input_ids"][: row["completion_mask"].index(1)]
         assert new[index][: len(prompt)] == prompt and len(new[index]) == len(prompt) + counts[index]
-        turns = new[index][len(encode_preamble(TOKENIZER)) :]
+        turns = new[index][len(ChatCodec(None, TOKENIZER).preamble) :]
         expected = _teacher_states(row["context"], turns, counts[index])
         torch.testing.assert_close(states[index], expected, atol=5e-3, rtol=5e-3)
     assert len(trainer._live.teacher._prefixes) == 1
@@ -102,7 +101,7 @@ def test_questions_with_a_weight_are_learned_too(tmp_path: Path, conversations: 
     total, weight = 0.0, 0.0
     for index in range(6):
         row = conversations[index]
-        start, first = len(encode_preamble(TOKENIZER)), row["completion_mask"].index(1)
+        start, first = len(ChatCodec(None, TOKENIZER).preamble), row["completion_mask"].index(1)
         learned = (after["labels"][index] != -100).nonzero().flatten().tolist()
         assert learned == list(range(start + 1, len(row["input_ids"])))
         teacher = _teacher_states(row["context"], row["input_ids"][start:], len(learned))
@@ -144,7 +143,7 @@ def test_system_prompts_stand_in_front_of_the_turns(tmp_path: Path) -> None:
     states = after["teacher_hidden_states"].float().split(counts)
     for index, row in enumerate(_rows(after)):
         answer = row[len(row) - counts[index] :]
-        turns = encode_question(TOKENIZER, dataset[index]["messages"][0]["content"]) + answer
+        turns = ChatCodec(None, TOKENIZER).encode_prompt([dataset[index]["messages"][0]["content"]]) + answer
         assert row[-len(turns) :] == turns
         expected = _teacher_states(dataset[index]["context"], turns, counts[index])
         torch.testing.assert_close(states[index], expected, atol=5e-3, rtol=5e-3)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
@@ -61,7 +61,7 @@ class Backend(Protocol):
     model_name: str
     max_length: int | None
     target_kinds: tuple[str, ...]
-    end_ids: set[int]
+    end_ids: Set[int]
 
     @property
     def fingerprint(self) -> str: ...

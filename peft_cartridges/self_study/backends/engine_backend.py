@@ -5,10 +5,10 @@ from __future__ import annotations
 
 import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from typing import Any
 
-from ..conversation import end_of_turn_ids
+from ...chat import ChatCodec
 from ..teacher_targets import Targets, TopK, top_k_divergence
 from .base import Generation
 
@@ -30,7 +30,7 @@ class EngineBackend(ABC):
         self.model_name = model_name
         self.k = top_k
         self.max_length = max_length
-        self.end_ids = end_of_turn_ids(processing_class)
+        self.end_ids: Set[int] = ChatCodec.of(None, processing_class).end_ids
         self.context: list[int] = []
 
     @contextlib.contextmanager

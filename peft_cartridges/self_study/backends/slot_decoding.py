@@ -7,7 +7,7 @@ rows need: a finished row's slot is filled by the last row, and the batch is a v
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from typing import Any
 
 import torch
@@ -96,7 +96,7 @@ class SlotDecoder:
         slots: Rows decoded together.
     """
 
-    def __init__(self, model: Any, end_ids: set[int], *, slots: int) -> None:
+    def __init__(self, model: Any, end_ids: Set[int], *, slots: int) -> None:
         layers = find_attention_layers(model)
         self.decoder = find_decoder(model, layers)[1]
         self.num_layers = len(layers)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from typing import Any
 
 import torch
@@ -12,10 +12,9 @@ from peft import PeftModel
 
 from ...attention import shared_prefix
 from ...attention.layers import get_text_config
-from ...chat import get_tokenizer
+from ...chat import ChatCodec
 from ...hidden_states import OutputHead, predicting_states
 from ...kv_prefix import KVPrefix
-from ..conversation import end_of_turn_ids
 from ..teacher_targets import HiddenStates, Targets, TopK, top_k_divergence, top_k_of_logits
 from .base import Generation
 from .slot_decoding import SlotDecoder, can_decode_in_slots
@@ -31,7 +30,7 @@ class TransformersBackend:
 
     Args:
         model: The causal LM, or a PEFT model around one (its adapter is disabled meanwhile).
-        processing_class: Its tokenizer or processor.
+        processing_class: Its tokenizer or processor, or a `ChatCodec` with it.
         batch_size: Rows decoded together.
         refill: Whether a finished row's place is taken by the next prompt (`SlotDecoder`); otherwise, and where the
             model's attention implementation has no mask per row, batches run by `model.generate` to their longest row.
@@ -43,9 +42,10 @@ class TransformersBackend:
         self.model = model
         self.batch_size = batch_size
         self.refill = refill
-        self.end_ids = end_of_turn_ids(processing_class, model)
-        pad = get_tokenizer(processing_class).pad_token_id
-        self.pad_id = next(iter(self.end_ids)) if pad is None else pad
+        codec = ChatCodec.of(model, processing_class)
+        self.end_ids: Set[int] = codec.end_ids
+        pad = codec.tokenizer.pad_token_id
+        self.pad_id = min(self.end_ids) if pad is None else pad
         self.max_length: int | None = getattr(get_text_config(model), "max_position_embeddings", None)
         self._last: tuple[tuple[int, ...], KVPrefix] | None = None  # a chunk is often asked about again
         self.model_name = str(getattr(model.config, "_name_or_path", "") or type(model).__name__)

@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 import torch
 
-from peft_cartridges.chat import encode_context, encode_preamble
+from peft_cartridges.chat import ChatCodec
 from peft_cartridges.self_study import format_report, read_report
 from peft_cartridges.self_study.quality import Candidate, QualityFilter, register_filter
 from peft_cartridges.self_study.quality.registry import _FILTERS
@@ -109,8 +109,8 @@ def test_usefulness_is_the_kl_of_the_teacher_with_and_without_the_chunk() -> Non
     tokenizer, model = tiny_tokenizer(), tiny_model()
     dataset = runs.synthesize(None, num_conversations=4, min_usefulness=1e-6)
     for row in dataset:
-        front = len(encode_preamble(tokenizer))
-        context = encode_context(tokenizer, row["context"])
+        front = len(ChatCodec(None, tokenizer).preamble)
+        context = ChatCodec(None, tokenizer).encode_context(row["context"])
         learned = torch.tensor(row["completion_mask"][1:], dtype=torch.bool)
         with torch.no_grad():
             without = model(torch.tensor([row["input_ids"]])).logits[0].double().log_softmax(-1)[:-1][learned]

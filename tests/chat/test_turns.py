@@ -8,7 +8,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from peft_cartridges.chat import encode_context, encode_preamble, encode_turns, render_turns
+from peft_cartridges.chat import ChatCodec
 from tests.chat_templates import CHAT_TEMPLATES, CHAT_TOKENIZERS
 from tests.tiny_models import tiny_tokenizer
 
@@ -57,7 +57,7 @@ def _about(text: str, messages: list[dict[str, str]], template: str) -> list[dic
 def test_preamble_and_turns_are_what_the_chat_template_gives(tokenizer: str, template: str, texts: list[str]) -> None:
     chat, messages = _tokenizer(tokenizer, template), _messages(texts)
     for asked in (False, True):
-        ids = encode_preamble(chat) + encode_turns(chat, messages, add_generation_prompt=asked)
+        ids = ChatCodec(None, chat).preamble + ChatCodec(None, chat).encode_turns(messages, add_generation_prompt=asked)
         assert ids == chat.apply_chat_template(messages, tokenize=True, return_dict=False, add_generation_prompt=asked)
 
 
@@ -69,7 +69,7 @@ def test_context_and_turns_read_as_the_chat_template_renders(
     tokenizer: str, template: str, text: str, texts: list[str]
 ) -> None:
     chat, messages = _tokenizer(tokenizer, template), _messages(texts)
-    ids = encode_context(chat, text) + encode_turns(chat, messages)
+    ids = ChatCodec(None, chat).encode_context(text) + ChatCodec(None, chat).encode_turns(messages)
     rendered = chat.apply_chat_template(_about(text, messages, template), tokenize=False)
     whole = chat(rendered, add_special_tokens=False)["input_ids"]
     if tokenizer == "bytes":  # there the border is always between two tokens
@@ -96,11 +96,11 @@ def test_context_and_turns_read_as_the_chat_template_renders(
 def test_the_turns_begin_with_the_user_or_where_a_merged_context_ends(
     template: str, preamble: str, opening: str
 ) -> None:
-    assert render_turns(_tokenizer("bytes", template), MESSAGES).startswith(opening)
-    assert CHAT_TOKENIZERS["bytes"].decode(encode_preamble(_tokenizer("bytes", template))) == preamble
+    assert ChatCodec(None, _tokenizer("bytes", template)).render_turns(MESSAGES).startswith(opening)
+    assert CHAT_TOKENIZERS["bytes"].decode(ChatCodec(None, _tokenizer("bytes", template)).preamble) == preamble
     # Where a token holds the space and the word behind it, it belongs to the turns.
     words = _tokenizer("byte-level BPE", template)
-    assert words.decode(encode_preamble(words)) == preamble.rstrip(" ")
+    assert words.decode(ChatCodec(None, words).preamble) == preamble.rstrip(" ")
 
 
 @templates
@@ -108,7 +108,7 @@ def test_what_begins_with_a_line_break_reads_right_too(template: str) -> None:
     """It may be one token with the line break in front of it, so that the ids are not the preamble's."""
     chat = _tokenizer("byte-level BPE", template)
     messages = [{"role": "user", "content": "\n\nWhat ?"}]
-    ids = encode_preamble(chat) + encode_turns(chat, messages)
+    ids = ChatCodec(None, chat).preamble + ChatCodec(None, chat).encode_turns(messages)
     expected = chat.apply_chat_template(messages, tokenize=False)
     assert chat.decode(ids).replace(" ", "") == expected.replace(" ", "")
 
@@ -116,7 +116,7 @@ def test_what_begins_with_a_line_break_reads_right_too(template: str) -> None:
 @templates
 def test_a_context_stands_in_front_of_all_turns(template: str) -> None:
     chat = _tokenizer("bytes", template)
-    read = chat.decode(encode_context(chat, TEXT) + encode_turns(chat, MESSAGES))
+    read = chat.decode(ChatCodec(None, chat).encode_context(TEXT) + ChatCodec(None, chat).encode_turns(MESSAGES))
     places = [read.index(part) for part in (TEXT, *(message["content"] for message in MESSAGES))]
     assert places == sorted(places)
 
@@ -125,15 +125,20 @@ def test_a_conversation_that_begins_with_no_user_message_is_refused() -> None:
     chat = _tokenizer("bytes", "ChatML")
     for role in ("assistant", "system"):
         with pytest.raises(ValueError, match=r"`messages` must begin with a user message, .*<\|im_start\|>user"):
-            encode_turns(chat, [{"role": role, "content": "Aye."}, *MESSAGES])
+            ChatCodec(None, chat).encode_turns([{"role": role, "content": "Aye."}, *MESSAGES])
 
 
 def test_plain_text_where_there_is_no_template() -> None:
     tokenizer = tiny_tokenizer()
-    assert encode_context(tokenizer, "the sea", chat_template=False) == tokenizer("the sea")["input_ids"]
+    assert (
+        ChatCodec(None, tokenizer).encode_context("the sea", chat_template=False) == tokenizer("the sea")["input_ids"]
+    )
     tokenizer.chat_template = None
-    assert encode_context(tokenizer, "the sea") == tokenizer("the sea")["input_ids"]
-    for encode in (lambda: encode_turns(tokenizer, MESSAGES), lambda: encode_preamble(tokenizer)):
+    assert ChatCodec(None, tokenizer).encode_context("the sea") == tokenizer("the sea")["input_ids"]
+    for encode in (
+        lambda: ChatCodec(None, tokenizer).encode_turns(MESSAGES),
+        lambda: ChatCodec(None, tokenizer).preamble,
+    ):
         with pytest.raises(ValueError, match="no chat template"):
             encode()
 
@@ -141,4 +146,4 @@ def test_plain_text_where_there_is_no_template() -> None:
 @pytest.mark.parametrize("text", ["", "  \n "])
 def test_an_empty_text_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="`text` is empty"):
-        encode_context(tiny_tokenizer(), text)
+        ChatCodec(None, tiny_tokenizer()).encode_context(text)

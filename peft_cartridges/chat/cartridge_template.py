@@ -8,11 +8,12 @@ context, which a model meets nowhere else.
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 from typing import Any
 
-from .chat import encode_preamble, get_tokenizer, has_chat_template, render_turns
-from .chat_layout import find_layout, render
+from .codec import ChatCodec
+from .layout import get_tokenizer, has_chat_template
 
 # Words that no template has, so that their place in what is rendered is found.
 _MARK = "[[the cartridge stands here]]"
@@ -39,9 +40,10 @@ def cartridge_chat_template(processing_class: Any) -> str:
         ValueError: there is no chat template, or it cannot be wrapped.
     """
     tokenizer = get_tokenizer(processing_class)
-    if not encode_preamble(tokenizer) or not (layout := find_layout(tokenizer)).opening:
+    codec = ChatCodec(None, tokenizer)
+    if not codec.preamble or not codec.layout.opening:
         return tokenizer.get_chat_template()
-    context = layout.render_context(tokenizer, _MARK)
+    context = codec.layout.render_context(codec.render, _MARK)
     cut = json.dumps(context[context.index(_MARK) :])
     placed = f"[{{'role': 'system', 'content': {json.dumps(_MARK)}}}] + messages"
     template = (
@@ -49,10 +51,11 @@ def cartridge_chat_template(processing_class: Any) -> str:
         "{%- if messages[0]['role'] == 'system' -%}{{ own(messages) }}"
         "{%- else -%}{{ own(" + placed + ").split(" + cut + ", 1)[1] }}{%- endif -%}"
     )
-    for messages in _CONVERSATIONS:
+    codecs = [codec, ChatCodec(None, tokenizer, thoughts="drop")]  # for every mode of thinking
+    for codec, messages in itertools.product(codecs, _CONVERSATIONS):
         for options in ({}, {"add_generation_prompt": True}):
-            rendered = render(tokenizer, messages, chat_template=template, **options)
-            if rendered != render_turns(tokenizer, messages, **options):
+            rendered = codec.render(messages, chat_template=template, **options)
+            if rendered != codec.render_turns(messages, **options):
                 raise ValueError(
                     "The chat template of `processing_class` cannot be wrapped: set `default_system_prompt=True`, so "
                     "that the cartridge is trained behind what the template puts in front of a conversation."

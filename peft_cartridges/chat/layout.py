@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,10 @@ _CONVERSATION = (
     {"role": "assistant", "content": "The first answer"},
     {"role": "user", "content": "The second question"},
 )
+
+
+# Gives a conversation as the chat template writes it.
+Render = Callable[[Sequence[Message]], str]
 
 
 @dataclass(frozen=True)
@@ -38,18 +42,18 @@ class ChatLayout:
         """What stands in front of the turns where there is no context."""
         return self.head.removesuffix(self.opening)
 
-    def render_context(self, tokenizer: Any, text: str) -> str:
+    def render_context(self, render: Render, text: str) -> str:
         """What stands in front of the turns where `text` is the context."""
         (first, *_) = _CONVERSATION
-        whole = render(tokenizer, _put_context(text, [first], as_system=self.has_system_role))
+        whole = render(_put_context(text, [first], as_system=self.has_system_role))
         return whole[: whole.rindex(_FIRST)].removesuffix(self.opening)
 
 
-def find_layout(tokenizer: Any) -> ChatLayout:
-    """The layout of the tokenizer's chat template."""
-    head, _, rest = render(tokenizer, _CONVERSATION).partition(_FIRST)
+def find_layout(render: Render) -> ChatLayout:
+    """The layout of the chat template that `render` writes."""
+    head, _, rest = render(_CONVERSATION).partition(_FIRST)
     try:
-        with_system = render(tokenizer, _put_context(_CONTEXT, _CONVERSATION, as_system=True))
+        with_system = render(_put_context(_CONTEXT, _CONVERSATION, as_system=True))
     except Exception:  # templates refuse a system role by raising their own error (Gemma 2, early Mistral)
         with_system = ""
     before, _, behind = with_system.partition(_FIRST)
@@ -58,16 +62,20 @@ def find_layout(tokenizer: Any) -> ChatLayout:
     if _CONTEXT not in before or behind != rest:
         return ChatLayout(False, head, "")
     try:
-        context = render(tokenizer, [{"role": "system", "content": _CONTEXT}])
+        context = render([{"role": "system", "content": _CONTEXT}])
     except Exception:  # templates that insist on a user message (Qwen 3.5) cannot render the context alone
         context = before.removesuffix(head)
     opening = before[len(context) :] if _CONTEXT in context and before.startswith(context) else ""
     return ChatLayout(True, head, opening if head.endswith(opening) else "")
 
 
-def render(tokenizer: Any, conversation: Sequence[Message], **options: Any) -> str:
-    """A conversation as the chat template writes it."""
-    return tokenizer.apply_chat_template(list(conversation), tokenize=False, **options)
+def get_tokenizer(processing_class: Any) -> Any:
+    """The tokenizer of a processor or of a `ChatCodec`, or the tokenizer itself."""
+    return getattr(processing_class, "tokenizer", processing_class)
+
+
+def has_chat_template(processing_class: Any) -> bool:
+    return bool(getattr(get_tokenizer(processing_class), "chat_template", None))
 
 
 def _put_context(text: str, conversation: Sequence[Message], *, as_system: bool) -> list[Message]:

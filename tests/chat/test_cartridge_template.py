@@ -6,8 +6,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from peft_cartridges import cartridge_chat_template
-from peft_cartridges.cartridge_template import with_cartridge_chat_template
-from peft_cartridges.chat import encode_context, encode_preamble, encode_turns
+from peft_cartridges.chat import ChatCodec, with_cartridge_chat_template
 from tests.chat_templates import CHAT_TEMPLATES, CHAT_TOKENIZERS
 from tests.tiny_models import tiny_tokenizer
 
@@ -29,14 +28,14 @@ def test_it_gives_the_turns_alone(template: str) -> None:
     if template in WITHIN_THE_FIRST_MESSAGE:
         assert behind is tokenizer
         return
-    assert encode_preamble(behind) == []
+    assert ChatCodec(None, behind).preamble == []
     for asked in (False, True):
-        turns = encode_turns(tokenizer, MESSAGES, add_generation_prompt=asked)
-        assert encode_turns(behind, MESSAGES, add_generation_prompt=asked) == turns
+        turns = ChatCodec(None, tokenizer).encode_turns(MESSAGES, add_generation_prompt=asked)
+        assert ChatCodec(None, behind).encode_turns(MESSAGES, add_generation_prompt=asked) == turns
         rendered = behind.apply_chat_template(MESSAGES, tokenize=False, add_generation_prompt=asked)
         whole = tokenizer.apply_chat_template(MESSAGES, tokenize=False, add_generation_prompt=asked)
         assert whole.endswith(rendered) and rendered.count("sea") == 2
-    assert encode_context(behind, "A text .") == encode_context(tokenizer, "A text .")
+    assert ChatCodec(None, behind).encode_context("A text .") == ChatCodec(None, tokenizer).encode_context("A text .")
     assert tokenizer.chat_template == CHAT_TEMPLATES[template]
 
 
@@ -54,7 +53,7 @@ def test_it_is_saved_with_the_tokenizer_and_is_not_wrapped_twice(tmp_path) -> No
     behind = with_cartridge_chat_template(tokenizer)
     behind.save_pretrained(tmp_path)
     loaded = AutoTokenizer.from_pretrained(tmp_path)
-    assert encode_preamble(loaded) == []
+    assert ChatCodec(None, loaded).preamble == []
     assert cartridge_chat_template(loaded) == behind.chat_template
 
 
