@@ -15,7 +15,7 @@ from .tuner import CartridgeConfig, CartridgeModel  # registers with PEFT
 if TYPE_CHECKING:
     from .attention import UnsupportedModelError, shared_prefix
     from .chat import ChatCodec, cartridge_chat_template
-    from .evaluation import gold_answer_nll
+    from .evaluation import EvaluationConfig, evaluate_cartridge, gold_answer_nll
     from .hub import (
         HubError,
         check_base_model,
@@ -35,6 +35,7 @@ __version__ = "0.1.0"
 wrap_push_to_hub()
 
 _LAZY = {
+    "EvaluationConfig": "evaluation",
     "HubError": "hub",
     "KVPrefix": "kv_prefix",
     "SelfStudyConfig": "trainer",
@@ -46,6 +47,7 @@ _LAZY = {
     "cartridge_chat_template": "chat",
     "check_base_model": "hub",
     "compose": "hub",
+    "evaluate_cartridge": "evaluation",
     "gold_answer_nll": "evaluation",
     "initialize_cartridge": "initialization",
     "list_cartridges": "hub",
@@ -69,6 +71,7 @@ __all__ = [
     "cartridge_chat_template",
     "check_base_model",
     "compose",
+    "evaluate_cartridge",
     "gold_answer_nll",
     "initialize_cartridge",
     "list_cartridges",

@@ -9,6 +9,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
+from transformers import AutoTokenizer
+
 from ..evaluation.baselines import BASELINES
 from ..evaluation.config import EvaluationConfig
 from ..evaluation.documents import read_json_lines
@@ -88,12 +90,14 @@ def run(args: argparse.Namespace) -> None:
     bench: dict[str, Any] = {"encoder": args.encoder, "kvpress_python": args.kvpress_python}
     if args.train_conversations:
         bench["conversations"] = _conversations(args.train_conversations)
-    model, tokenizer = load_cartridge(args.cartridge, base_model=args.base_model, dtype=args.dtype)
+    name, _, revision = args.cartridge.partition("@")
+    model, tokenizer = load_cartridge(name, revision=revision or None, base_model=args.base_model, dtype=args.dtype)
+    base_tokenizer = AutoTokenizer.from_pretrained(model.get_base_model().config._name_or_path)
     report = evaluate_cartridge(
         model.to(args.device), tokenizer, text=text, questions=questions, general=general or (),
         general_choices=choices, instructions=instructions, unanswerable=unanswerable,
         conversations=_conversations(args.conversations) if args.conversations else None,
-        baselines=list(BASELINES) if args.baselines == ["all"] else args.baselines, bench=bench, judge=judge,
+        baselines=list(BASELINES) if args.baselines == ["all"] else args.baselines, bench=bench, base_processing_class=base_tokenizer, judge=judge,
         args=config, command=shlex.join(["cartridges", *sys.argv[1:]]), progress=lambda name: print(name, file=sys.stderr),
     )  # fmt: skip
     print(report.table())

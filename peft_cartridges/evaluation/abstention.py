@@ -34,7 +34,7 @@ def declines(answer: str) -> float:
 def abstention_nll(system: System, questions: Sequence[str], *, batch_size: int = 16) -> list[float]:
     """How unlikely the model finds `SENTENCE` as the answer to each question, in nats per token. Tells answerable from
     unanswerable questions where a model is too weak to say it."""
-    rows = [row_of_answer(system.tokenizer, with_request(question), SENTENCE) for question in questions]
+    rows = [row_of_answer(system.codec, with_request(question), SENTENCE) for question in questions]
     return [score.nll / score.tokens for score in score_rows(system, rows, batch_size=batch_size)]
 
 

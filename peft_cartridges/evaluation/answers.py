@@ -11,10 +11,8 @@ from typing import Any
 
 import torch
 
-from ..chat import get_tokenizer
 from ..hidden_states import pad_right
 from ..kv_prefix import evaluating
-from ..self_study.conversation import encode_question, end_of_turn_ids
 from .system import System
 
 
@@ -23,15 +21,14 @@ def generate_answers(
     system: System, questions: Sequence[str], *, max_new_tokens: int = 48, batch_size: int = 16
 ) -> list[list[int]]:
     """Greedy answers, as token ids without the end-of-turn token."""
-    tokenizer = get_tokenizer(system.tokenizer)
+    codec = system.codec
+    prompts = [system.preamble + codec.encode_prompt([question]) for question in questions]
+    ends = codec.end_ids
     if system.engine is not None:
-        rows = [system.preamble + encode_question(tokenizer, question) for question in questions]
-        return system.engine.generate(rows, max_new_tokens, end_of_turn_ids(tokenizer, system.model))
+        return system.engine.generate(prompts, max_new_tokens, ends)
+    pad = codec.tokenizer.pad_token_id if codec.tokenizer.pad_token_id is not None else min(ends)
     answers: list[list[int]] = [[]] * len(questions)
     for indices, model in system.parts(questions):
-        ends = end_of_turn_ids(tokenizer, model)
-        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(ends)
-        prompts = {i: system.preamble + encode_question(tokenizer, questions[i]) for i in indices}
         order = sorted(indices, key=lambda i: len(prompts[i]))
         with evaluating(model):
             for start in range(0, len(order), batch_size):

@@ -12,7 +12,6 @@ from typing import Any
 from peft import PeftModel
 from torch import nn
 
-from ..chat import encode_preamble
 from .baselines import Bench, get_baseline
 from .config import EvaluationConfig
 from .documents import Question, question_from_row
@@ -42,6 +41,7 @@ def evaluate_cartridge(
     unanswerable: Rows = (),
     baselines: Sequence[str] = DEFAULT_BASELINES,
     bench: Mapping[str, Any] | None = None,
+    base_processing_class: Any = None,
     judge: Judge | None = None,
     args: EvaluationConfig | None = None,
     command: str = "",
@@ -62,6 +62,8 @@ def evaluate_cartridge(
         unanswerable: Questions that the text does not answer.
         baselines: What to measure beside it; `list_baselines()`. `no_context` and `full_text` always are.
         bench: Other fields of `Bench` for the baselines: `conversations` for LoRA, `kvpress_python`, `encoder`, ….
+        base_processing_class: The base model's own tokenizer, for what is measured without the cartridge; by default
+            `processing_class`, whose chat template may lack the default system prompt.
         judge: Grades generated answers.
         args: What is measured, and how much of it.
         command: Kept in the report.
@@ -73,7 +75,7 @@ def evaluate_cartridge(
         ImportError: a metric needs a package that is not installed.
     """
     system = cartridge_system(model, processing_class)
-    made = Bench(model, processing_class, text, system.num_tokens, **(bench or {}))
+    made = Bench(model, base_processing_class or processing_class, text, system.num_tokens, **(bench or {}))
     return evaluate_systems(
         [system], made, questions=questions, conversations=conversations, general=general,
         general_choices=general_choices, instructions=instructions, unanswerable=unanswerable, baselines=baselines,
@@ -114,7 +116,7 @@ def evaluate_systems(
     rules = list(instructions)
     if rules and not isinstance(rules[0], Instruction):
         rules = instructions_from_rows(rules)
-    preamble = encode_preamble(bench.tokenizer)
+    preamble = bench.codec.preamble
     material = Material(
         text=bench.text,
         questions=_some(asked, args.max_questions, args.seed),

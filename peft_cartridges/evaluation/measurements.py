@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from torch import Tensor
 
-from ..chat import get_tokenizer
 from . import abstention
 from .answers import ANSWER_METRICS, generate_answers
 from .config import EvaluationConfig
@@ -81,9 +79,9 @@ class Measuring:
 
     def __post_init__(self) -> None:
         size = {"batch_size": self.args.batch_size}
-        tokenizer = self.bare.tokenizer
+        codec = self.bare.codec
         if self.material.general:
-            self._general = [row_of_answer(tokenizer, pair["prompt"], pair["answer"]) for pair in self.material.general]
+            self._general = [row_of_answer(codec, pair["prompt"], pair["answer"]) for pair in self.material.general]
             self._general_states = predictions(self.bare, self._general, **size)
             if self.args.generate:
                 prompts = [pair["prompt"] for pair in self.material.general]
@@ -99,7 +97,7 @@ class Measuring:
         found: dict[str, Items] = {}
         size = {"batch_size": self.args.batch_size}
         questions = self.material.questions
-        rows = [row_of_answer(system.tokenizer, q.question, q.answers[0]) for q in questions]
+        rows = [row_of_answer(system.codec, q.question, q.answers[0]) for q in questions]
         scores = score_rows(system, rows, **size)
         found["gold_nll"] = Items([s.nll for s in scores], [float(s.tokens) for s in scores])
         if self._rows:
@@ -154,17 +152,17 @@ class Measuring:
         return found
 
     def _answers(self, system: System, questions: Sequence[str]) -> list[str]:
-        decode: Any = get_tokenizer(system.tokenizer).decode
         ids = generate_answers(
             system, questions, max_new_tokens=self.args.max_new_tokens, batch_size=self.args.batch_size
         )
-        return [decode(row, skip_special_tokens=True).strip() for row in ids]
+        return [system.codec.read(row).strip() for row in ids]
 
     def _own_answers(self, system: System) -> list[Row]:
         """What the system says to the questions, as it says it: the held-out conversations where none are given."""
         asked = [question.question for question in self.material.questions]
         ids = generate_answers(system, asked, max_new_tokens=self.args.max_new_tokens, batch_size=self.args.batch_size)
-        return [row_of_ids(system.tokenizer, q, answer) for q, answer in zip(asked, ids, strict=True) if answer]
+        taken = [system.codec.take_answer(row) for row in ids]
+        return [row_of_ids(system.codec, q, answer) for q, answer in zip(asked, taken, strict=True) if answer]
 
 
 def _divergences(

@@ -18,7 +18,7 @@ def choose_options(system: System, questions: Sequence[Question], *, batch_size:
     """
     if missing := [question for question in questions if not question.options]:
         raise ValueError(f"{missing[0].question[:60]!r} has no `options`: it is no multiple-choice question.")
-    rows = [row_of_answer(system.tokenizer, q.question, option) for q in questions for option in q.options]
+    rows = [row_of_answer(system.codec, q.question, option) for q in questions for option in q.options]
     means = [score.nll / score.tokens for score in score_rows(system, rows, batch_size=batch_size)]
     chosen, start = [], 0
     for question in questions:

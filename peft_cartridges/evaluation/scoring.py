@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..chat import ChatCodec
 from ..hidden_states import OutputHead, predicting_states
 from ..kv_prefix import evaluating
-from ..self_study.conversation import encode_answer, encode_question
 from .system import System
 
 
@@ -34,7 +34,7 @@ class Row:
         return self.ids[-self.length :]
 
 
-def row_of_answer(processing_class: Any, question: str, answer: str) -> Row:
+def row_of_answer(codec: ChatCodec, question: str, answer: str) -> Row:
     """Question and answer as the chat template writes them, without the end-of-turn token.
 
     Raises:
@@ -42,13 +42,15 @@ def row_of_answer(processing_class: Any, question: str, answer: str) -> Row:
     """
     if not question or not answer:
         raise ValueError("a pair needs a `question` and an `answer`.")
-    ids = encode_answer(processing_class, question, answer)[:-1]
-    return Row(question, encode_question(processing_class, question) + ids, len(ids))
+    exchange = codec.encode_exchange(question, answer)
+    ids = codec.without_end(exchange.answer_ids)
+    return Row(question, exchange.prompt_ids + ids, len(ids))
 
 
-def row_of_ids(processing_class: Any, question: str, answer_ids: Sequence[int]) -> Row:
+def row_of_ids(codec: ChatCodec, question: str, answer_ids: Sequence[int]) -> Row:
     """A question with an answer as it was generated."""
-    return Row(question, [*encode_question(processing_class, question), *answer_ids], len(answer_ids))
+    exchange = codec.encode_dialogue([question], [answer_ids])[0]
+    return Row(question, [*exchange.prompt_ids, *answer_ids], len(answer_ids))
 
 
 def row_of_conversation(conversation: Mapping[str, Any], preamble: Sequence[int]) -> Row:

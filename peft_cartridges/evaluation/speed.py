@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 
-from ..self_study.conversation import encode_question
 from .system import System
 
 
@@ -36,7 +35,7 @@ def measure_speed(
     """Times greedy decoding of exactly `new_tokens` tokens. For retrieval, reading the passages is a part of the time to
     the first token."""
     first, whole = [], []
-    ids = torch.tensor([system.preamble + encode_question(system.tokenizer, question)])
+    ids = torch.tensor([system.preamble + system.codec.encode_prompt([question])])
     for _ in range(repeats + 1):
         start = _now()
         for _, model in system.parts([question]):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -12,7 +12,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from ..attention import shared_prefix
-from ..chat import encode_preamble
+from ..chat import ChatCodec
 from ..kv_prefix import KVPrefix
 from ..tuner.model import CartridgeModel
 
@@ -24,7 +24,7 @@ class Engine(Protocol):
 
     def states(self, rows: Sequence[list[int]], lengths: Sequence[int]) -> list[Tensor]: ...
 
-    def generate(self, rows: Sequence[list[int]], max_new_tokens: int, ends: set[int]) -> list[list[int]]: ...
+    def generate(self, rows: Sequence[list[int]], max_new_tokens: int, ends: Collection[int]) -> list[list[int]]: ...
 
 
 class NotApplicable(ValueError):
@@ -38,7 +38,7 @@ class System:
     Args:
         name: In tables.
         model: The model or PEFT model under it, whose output head turns hidden states into distributions.
-        tokenizer: The tokenizer or processor.
+        codec: How texts and conversations become its token ids.
         attach: Gives the model with what stands in front, for as long as the context is open.
         preamble: Token ids between that and the turns: the chat template's own where nothing or a cartridge stands in
             front, none behind a text.
@@ -54,7 +54,7 @@ class System:
 
     name: str
     model: nn.Module
-    tokenizer: Any
+    codec: ChatCodec
     attach: Attach | None = None
     preamble: list[int] = field(default_factory=list)
     per_question: Callable[[str], AbstractContextManager[nn.Module]] | None = None
@@ -89,15 +89,15 @@ def bare(model: nn.Module) -> Iterator[nn.Module]:
         yield model
 
 
-def bare_system(model: nn.Module, tokenizer: Any, name: str = "no context") -> System:
+def bare_system(model: nn.Module, codec: ChatCodec, name: str = "no context") -> System:
     """The model that has read nothing."""
-    return System(name, model, tokenizer, lambda: bare(model), encode_preamble(tokenizer))
+    return System(name, model, codec, lambda: bare(model), codec.preamble)
 
 
-def prefix_system(name: str, model: nn.Module, tokenizer: Any, prefix: KVPrefix, **facts: Any) -> System:
+def prefix_system(name: str, model: nn.Module, codec: ChatCodec, prefix: KVPrefix, **facts: Any) -> System:
     """The bare model behind keys and values; no preamble, as behind a document. `facts`: other fields of `System`."""
     facts = {"num_tokens": prefix.num_tokens, "kv_bytes": prefix.nbytes, **facts}
-    return System(name, model, tokenizer, lambda: behind(model, prefix), **facts)
+    return System(name, model, codec, lambda: behind(model, prefix), **facts)
 
 
 @contextlib.contextmanager
@@ -106,7 +106,7 @@ def behind(model: nn.Module, prefix: KVPrefix) -> Iterator[nn.Module]:
         yield base
 
 
-def cartridge_system(model: PeftModel, tokenizer: Any, name: str = "cartridge", **facts: Any) -> System:
+def cartridge_system(model: PeftModel, processing_class: Any, name: str = "cartridge", **facts: Any) -> System:
     """A PEFT model with its active cartridge, as users call it.
 
     Raises:
@@ -117,4 +117,5 @@ def cartridge_system(model: PeftModel, tokenizer: Any, name: str = "cartridge", 
         raise ValueError(f"`model` is a {type(model).__name__} without a cartridge: load one with `load_cartridge`.")
     prefix = KVPrefix.concatenate([tuner.get_kv_prefix(adapter) for adapter in tuner.active_adapters])
     facts = {"num_tokens": prefix.num_tokens, "kv_bytes": prefix.nbytes, **facts}
-    return System(name, model, tokenizer, lambda: contextlib.nullcontext(model), encode_preamble(tokenizer), **facts)
+    codec = ChatCodec.of(model, processing_class)
+    return System(name, model, codec, lambda: contextlib.nullcontext(model), codec.preamble, **facts)

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from ...attention.layers import get_text_config
-from ...chat import encode_context
+from ...chat import ChatCodec
 from ..system import NotApplicable
 
 # What a question, its answer and the chat template's tokens take behind the text.
@@ -22,7 +22,7 @@ class Bench:
 
     Args:
         model: A transformers causal LM, or a PEFT model around one, whose adapters are left out.
-        tokenizer: The base model's tokenizer or processor.
+        processing_class: The base model's tokenizer or processor.
         text: The corpus.
         num_tokens: Tokens of keys and values that a method may keep: those of the cartridge.
         conversations: The self-study data set, for methods that train on it.
@@ -36,7 +36,7 @@ class Bench:
     """
 
     model: nn.Module
-    tokenizer: Any
+    processing_class: Any
     text: str
     num_tokens: int
     conversations: Any = None
@@ -46,17 +46,14 @@ class Bench:
     kvpress_python: str | None = None
     work_dir: Path | None = None
     seed: int = 0
-    _ids: list[int] = field(default_factory=list, init=False, repr=False)
+    codec: ChatCodec = field(init=False, repr=False)
+    text_ids: list[int] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.num_tokens < 1:
             raise ValueError(f"`num_tokens` must be at least 1, got {self.num_tokens}.")
-        self._ids = encode_context(self.tokenizer, self.text)
-
-    @property
-    def text_ids(self) -> list[int]:
-        """The text as it stands in context."""
-        return self._ids
+        self.codec = ChatCodec.of(self.model, self.processing_class)
+        self.text_ids = self.codec.encode_context(self.text)  # as it stands in context
 
     @property
     def window(self) -> int | None:

@@ -8,7 +8,7 @@ import subprocess
 import tempfile
 import time
 import weakref
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +74,7 @@ class KvpressEngine:
         tensors = load_file(file)
         return [tensors[str(number)] for number in range(len(rows))]
 
-    def generate(self, rows: Sequence[list[int]], max_new_tokens: int, ends: set[int]) -> list[list[int]]:
+    def generate(self, rows: Sequence[list[int]], max_new_tokens: int, ends: Collection[int]) -> list[list[int]]:
         """Greedy answers without the token that ended them."""
         request = {"op": "generate", "rows": list(rows), "max_new_tokens": max_new_tokens, "ends": sorted(ends)}
         found: list[list[int]] = self._ask(request)["ids"]
@@ -123,7 +123,7 @@ def pressed(name: str, bench: Bench) -> System:
     }
     engine = KvpressEngine(bench.kvpress_python, settings)
     return System(
-        f"kvpress: {kind.removesuffix('Press')}", bench.model, bench.tokenizer, engine=engine,
+        f"kvpress: {kind.removesuffix('Press')}", bench.model, bench.codec, engine=engine,
         num_tokens=round(engine.kept), kv_bytes=round(one.nbytes * engine.kept), seconds=time.perf_counter() - start,
         note="seconds include loading the model in its own process",
     )  # fmt: skip

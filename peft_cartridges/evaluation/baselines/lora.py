@@ -12,7 +12,6 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
-from ...chat import encode_preamble
 from ...kv_prefix import KVPrefix
 from ..system import NotApplicable, System, bare
 from .bench import Bench
@@ -45,13 +44,13 @@ def lora(bench: Bench) -> System:
             save_strategy="no", report_to="none", logging_strategy="no", disable_tqdm=True, seed=bench.seed,
             use_cpu=not torch.cuda.is_available(), gradient_checkpointing=False, bf16=False, fp16=False,
         )  # fmt: skip
-        SFTTrainer(adapter, args, train_dataset=rows, processing_class=bench.tokenizer).train()
+        SFTTrainer(adapter, args, train_dataset=rows, processing_class=bench.codec.tokenizer).train()
     # Trained in float32, served in the model's own dtype, as the cartridge is.
     width = next(model.parameters()).element_size()
     size = sum(p.numel() * width for name, p in adapter.named_parameters() if "lora_" in name)
     trained: nn.Module = adapter.eval()
     return System(
-        "LoRA", trained, bench.tokenizer, lambda: contextlib.nullcontext(trained), encode_preamble(bench.tokenizer),
+        "LoRA", trained, bench.codec, lambda: contextlib.nullcontext(trained), bench.codec.preamble,
         kv_bytes=size, seconds=time.perf_counter() - start, note=f"rank {rank}, {bench.steps} steps of SFT",
     )  # fmt: skip
 

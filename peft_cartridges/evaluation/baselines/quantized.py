@@ -31,7 +31,7 @@ def quantized_cache(bits: int, bench: Bench) -> System:
     # Two 16-bit numbers (scale and zero point) for each group of 64.
     stored = sum(t.numel() for t in (*prefix.keys, *prefix.values)) * (bits / 8 + 4 / 64)
     return prefix_system(
-        f"full text, {bits}-bit cache", bench.model, bench.tokenizer, prefix, kv_bytes=int(stored),
+        f"full text, {bits}-bit cache", bench.model, bench.codec, prefix, kv_bytes=int(stored),
         seconds=time.perf_counter() - start, tokens_to_read=prefix.num_tokens,
     )  # fmt: skip
 

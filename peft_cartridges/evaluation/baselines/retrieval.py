@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from ...chat import encode_context, get_tokenizer
+from ...chat import get_tokenizer
 from ...kv_prefix import KVPrefix
 from ..system import NotApplicable, System, bare, behind
 from .bench import Bench
@@ -44,7 +44,7 @@ def bm25(bench: Bench) -> System:
         bm25s: Any = importlib.import_module("bm25s")
     except ImportError as error:
         raise NotApplicable("bm25s is not installed: pip install 'peft-cartridges[eval]'") from error
-    passages = split_passages(bench.tokenizer, bench.text)
+    passages = split_passages(bench.codec, bench.text)
     start = time.perf_counter()
     index = bm25s.BM25()
     index.index(bm25s.tokenize(passages, stopwords="en", show_progress=False), show_progress=False)
@@ -71,7 +71,7 @@ def dense(bench: Bench) -> System:
             encoder = importlib.import_module("sentence_transformers").SentenceTransformer(encoder)
         except ImportError as error:
             raise NotApplicable("sentence-transformers is not installed: pip install sentence-transformers") from error
-    passages = split_passages(bench.tokenizer, bench.text)
+    passages = split_passages(bench.codec, bench.text)
     start = time.perf_counter()
     vectors = _unit(encoder.encode(passages))
 
@@ -94,20 +94,20 @@ def choose_passages(passages: Sequence[str], ranking: Sequence[int], fits: Calla
 
 def _retrieval(bench: Bench, name: str, passages: list[str], rank: Ranking, seconds: float) -> System:
     def fits(text: str) -> bool:
-        return len(encode_context(bench.tokenizer, text)) <= bench.num_tokens
+        return len(bench.codec.encode_context(text)) <= bench.num_tokens
 
     @contextlib.contextmanager
     def per_question(question: str) -> Iterator[nn.Module]:
         text = choose_passages(passages, rank(question), fits)
         with bare(bench.model) as model:
-            prefix = KVPrefix.from_text(model, bench.tokenizer, text, max_tokens=bench.num_tokens)
+            prefix = KVPrefix.from_text(model, bench.codec, text, max_tokens=bench.num_tokens)
         with behind(bench.model, prefix) as model:
             yield model
 
     with bare(bench.model) as model:
         one = KVPrefix.from_input_ids(model, bench.text_ids[:1])
     return System(
-        name, bench.model, bench.tokenizer, per_question=per_question, num_tokens=bench.num_tokens,
+        name, bench.model, bench.codec, per_question=per_question, num_tokens=bench.num_tokens,
         kv_bytes=one.nbytes * bench.num_tokens, seconds=seconds, tokens_to_read=bench.num_tokens,
         note="read anew for each question",
     )  # fmt: skip

@@ -18,7 +18,7 @@ _SUMMARIZE = (
 
 def no_context(bench: Bench) -> System:
     """The model as it is."""
-    return bare_system(bench.model, bench.tokenizer)
+    return bare_system(bench.model, bench.codec)
 
 
 def full_text(bench: Bench) -> System:
@@ -47,15 +47,15 @@ def summary(bench: Bench) -> System:
     request = _SUMMARIZE.format(words=max(10, bench.num_tokens * 2 // 3))
     whole = full_text(bench)
     ids = generate_answers(whole, [request], max_new_tokens=bench.num_tokens)[0]
-    text = bench.tokenizer.decode(ids, skip_special_tokens=True)
+    text = bench.codec.decode(ids)
     if not text.strip():
         raise NotApplicable("the model writes no summary")
     with bare(bench.model) as model:
-        prefix = KVPrefix.from_text(model, bench.tokenizer, text, max_tokens=bench.num_tokens)
+        prefix = KVPrefix.from_text(model, bench.codec, text, max_tokens=bench.num_tokens)
     flops = (whole.flops or 0) + forward_flops(model.config, len(ids), len(bench.text_ids))
     seconds = time.perf_counter() - start
     return prefix_system(
-        "summary", bench.model, bench.tokenizer, prefix, seconds=seconds, flops=flops, tokens_to_read=prefix.num_tokens
+        "summary", bench.model, bench.codec, prefix, seconds=seconds, flops=flops, tokens_to_read=prefix.num_tokens
     )
 
 
@@ -65,6 +65,4 @@ def _of_ids(bench: Bench, name: str, ids: list[int]) -> System:
         prefix = KVPrefix.from_input_ids(model, ids)
         flops = forward_flops(model.config, len(ids))
     seconds = time.perf_counter() - start
-    return prefix_system(
-        name, bench.model, bench.tokenizer, prefix, seconds=seconds, flops=flops, tokens_to_read=len(ids)
-    )
+    return prefix_system(name, bench.model, bench.codec, prefix, seconds=seconds, flops=flops, tokens_to_read=len(ids))

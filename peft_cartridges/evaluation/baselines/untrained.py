@@ -7,7 +7,6 @@ import time
 
 import torch
 
-from ...chat import encode_context
 from ...initialization.registry import get_strategy
 from ...kv_prefix import KVPrefix
 from ..system import NotApplicable, System, bare, prefix_system
@@ -22,9 +21,7 @@ def by_strategy(strategy: str, bench: Bench) -> System:
     """
     start = time.perf_counter()
     with bare(bench.model) as model:
-        prefix = get_strategy(strategy)(
-            model, bench.tokenizer, bench.text, num_tokens=bench.num_tokens, chat_template=True
-        )
+        prefix = get_strategy(strategy)(model, bench.codec, bench.text, num_tokens=bench.num_tokens, chat_template=True)
     return _system(bench, f"untrained: {strategy}", prefix, start)
 
 
@@ -52,7 +49,7 @@ def unrelated_text(bench: Bench) -> System:
     """
     if not bench.unrelated_text.strip():
         raise NotApplicable("no unrelated text is given")
-    ids = encode_context(bench.tokenizer, bench.unrelated_text)[: bench.num_tokens]
+    ids = bench.codec.encode_context(bench.unrelated_text)[: bench.num_tokens]
     if len(ids) < bench.num_tokens:
         raise NotApplicable(f"the unrelated text has {len(ids)} tokens, {bench.num_tokens} are needed")
     start = time.perf_counter()
@@ -74,4 +71,4 @@ def sampled_chunks(bench: Bench, chunk_tokens: int = 64) -> System:
 
 
 def _system(bench: Bench, name: str, prefix: KVPrefix, start: float) -> System:
-    return prefix_system(name, bench.model, bench.tokenizer, prefix, seconds=time.perf_counter() - start)
+    return prefix_system(name, bench.model, bench.codec, prefix, seconds=time.perf_counter() - start)
