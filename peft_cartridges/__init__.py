@@ -61,6 +61,7 @@ __all__ = [
     "CartridgeConfig",
     "CartridgeModel",
     "ChatCodec",
+    "EvaluationConfig",
     "HubError",
     "KVPrefix",
     "SelfStudyConfig",

@@ -92,7 +92,8 @@ def run(args: argparse.Namespace) -> None:
         bench["conversations"] = _conversations(args.train_conversations)
     name, _, revision = args.cartridge.partition("@")
     model, tokenizer = load_cartridge(name, revision=revision or None, base_model=args.base_model, dtype=args.dtype)
-    base_tokenizer = AutoTokenizer.from_pretrained(model.get_base_model().config._name_or_path)
+    base: Any = model.get_base_model()
+    base_tokenizer = AutoTokenizer.from_pretrained(base.config._name_or_path)
     report = evaluate_cartridge(
         model.to(args.device), tokenizer, text=text, questions=questions, general=general or (),
         general_choices=choices, instructions=instructions, unanswerable=unanswerable,

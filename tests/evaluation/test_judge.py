@@ -61,5 +61,5 @@ def test_the_last_yes_or_no_counts(server: HTTPServer) -> None:
 def test_a_server_that_is_not_there_is_an_os_error() -> None:
     judge = Judge("http://127.0.0.1:9/v1", "grader")
     judge._client = judge._client.with_options(max_retries=0)
-    with pytest.raises(OSError, match="The judge at http://127.0.0.1:9/v1/ failed"):
+    with pytest.raises(OSError, match=r"The judge at http://127\.0\.0\.1:9/v1/ failed"):
         judge(["?"], ["a"], [["a"]])
