@@ -6,7 +6,7 @@ import functools
 from collections.abc import Callable
 
 from ..system import System
-from . import kvpress, lora, quantized, retrieval, texts, untrained
+from . import lora, presses, quantized, retrieval, texts, untrained
 from .bench import Bench
 
 Baseline = Callable[[Bench], System]
@@ -25,7 +25,7 @@ BASELINES: dict[str, Baseline] = {
     "untrained_random_vectors": untrained.random_vectors,
     "untrained_unrelated_text": untrained.unrelated_text,
     "untrained_sampled_chunks": untrained.sampled_chunks,
-    **{f"kvpress_{name}": functools.partial(kvpress.pressed, name) for name in kvpress.PRESSES},
+    **{f"kvpress_{name}": functools.partial(presses.pressed, name) for name in presses.PRESSES},
 }
 
 

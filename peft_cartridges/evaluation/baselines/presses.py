@@ -19,7 +19,7 @@ from ...kv_prefix import KVPrefix
 from ..system import NotApplicable, System, bare
 from .bench import Bench
 
-_WORKER = Path(__file__).with_name("kvpress_worker.py")
+_WORKER = Path(__file__).with_name("press_worker.py")
 
 # Name -> (class in kvpress, its options)
 PRESSES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -60,7 +60,11 @@ class KvpressEngine:
         self._errors = open(Path(self._folder.name) / "stderr", "w+", encoding="utf-8")  # noqa: SIM115 - lives as long
         try:
             self._process = subprocess.Popen(
-                [python, str(_WORKER)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, text=True
+                [python, "-I", str(_WORKER)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=self._errors,
+                text=True,
             )
         except OSError as error:
             raise NotApplicable(f"{python} does not run: {error}") from error

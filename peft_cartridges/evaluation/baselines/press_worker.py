@@ -48,22 +48,32 @@ class Pressed:
 
     @torch.no_grad()
     def forward(self, ids: list[int], start: int) -> torch.Tensor:
+        """Final hidden states of tokens behind the text and `start` others. kvpress holds tokens that only some heads keep
+        as masks, and finds none for too many queries at once: then the tokens are read in smaller pieces."""
+        before = [self.cache.get_seq_length(layer) for layer in range(len(self.cache))]
         positions = torch.arange(self.position + start, self.position + start + len(ids), device=self.model.device)
-        hidden: torch.Tensor = self.model.model(
-            input_ids=torch.tensor([ids], device=self.model.device),
-            past_key_values=self.cache,
-            position_ids=positions[None],
-        ).last_hidden_state[0]
+        try:
+            hidden: torch.Tensor = self.model.model(
+                input_ids=torch.tensor([ids], device=self.model.device),
+                past_key_values=self.cache,
+                position_ids=positions[None],
+            ).last_hidden_state[0]
+        except ValueError:
+            if len(ids) == 1:
+                raise
+            self.crop(before)
+            half = len(ids) // 2
+            return torch.cat([self.forward(ids[:half], start), self.forward(ids[half:], start + half)])
         return hidden
 
-    def reset(self) -> None:
-        """Takes away what was read behind the text."""
-        for layer, length in zip(self.cache.layers, self.lengths, strict=True):
+    def crop(self, lengths: list[int]) -> None:
+        """Takes away what was read behind the first tokens of each layer."""
+        for layer, length in zip(self.cache.layers, lengths, strict=True):
             layer.keys, layer.values = layer.keys[:, :, :length], layer.values[:, :, :length]
 
     def states(self, row: list[int], length: int) -> torch.Tensor:
-        hidden: torch.Tensor = self.forward(row, 0)
-        self.reset()
+        hidden = self.forward(row, 0)
+        self.crop(self.lengths)
         return hidden[len(row) - 1 - length : len(row) - 1].clone()
 
     def generate(self, row: list[int], max_new_tokens: int, ends: list[int]) -> list[int]:
@@ -77,7 +87,7 @@ class Pressed:
                 break
             answer.append(token)
             read = [token]
-        self.reset()
+        self.crop(self.lengths)
         return answer
 
 
