@@ -12,6 +12,7 @@ from .. import __version__
 # Command -> (module beside this one, one line of help)
 COMMANDS: dict[str, tuple[str, str]] = {
     "compose": ("compose", "Join several cartridges into one."),
+    "cost": ("cost", "What a cartridge costs to make and to serve, and when it pays."),
     "evaluate": ("evaluate", "Measure a cartridge on its text and off it, beside what one would do instead."),
     "list": ("list", "List the cartridges on the Hub."),
     "pull": ("pull", "Fetch a cartridge from the Hub and check it."),
