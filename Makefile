@@ -16,10 +16,10 @@ PYTHON_IS_NEW_ENOUGH := import sys; v = sys.version_info; sys.exit( \
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install model quickstart test lint format clean distclean
+.PHONY: help install model quickstart test results lint format clean distclean
 
 help: ## Show this list
-	@echo "Targets (PYTHON=... picks the interpreter, ARGS='...' goes to quickstart and test):"
+	@echo "Targets (PYTHON=... picks the interpreter, ARGS='...' goes to quickstart, test and results):"
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 install: $(STAMP) ## Make .venv with the pinned packages, this one (editable) and its tools
@@ -32,6 +32,9 @@ quickstart: $(MODEL_FILE) ## Run examples/quickstart.py
 test: $(MODEL_FILE) ## Run the tests, e.g. make test ARGS="-m 'not slow' -k attention"
 	@echo "==> pytest"
 	@$(BIN)/python -m pytest -q $(ARGS)
+
+results: $(MODEL_FILE) ## Measure and write docs/results.md, e.g. make results ARGS="--budget full"; carries on after a stop
+	@$(BIN)/python -m benchmarks.results $(ARGS)
 
 lint: $(STAMP) ## Check style, format and types
 	@echo "==> ruff check"

@@ -146,7 +146,7 @@ class Run:
         self.model: Any = AutoModelForCausalLM.from_pretrained(self.args.model, dtype=getattr(torch, self.args.dtype))
         self.model = self.model.to(self.args.device).eval()
         self.codec = ChatCodec.of(self.model, self.tokenizer)
-        self.work = self.args.output.parent / self.args.output.stem
+        self.work: Path = self.args.work
         self.work.mkdir(parents=True, exist_ok=True)
 
     def carry_out(self, cell: Cell) -> dict[str, Any]:
@@ -270,7 +270,7 @@ class Run:
             unanswerable=unanswerable_from(list(self.documents.values()), given)[:24] if generate else (),
             progress=lambda name: print(f"    {name}", file=sys.stderr, flush=True),
         )  # fmt: skip
-        return report.to_dict()
+        return _rounded(report.to_dict())
 
     def _train(self, name: str, text: str, **params: Any) -> tuple[KVPrefix, dict[str, Any]]:
         """A trained cartridge, from its file where it is there already."""
@@ -332,6 +332,15 @@ class Run:
         if not spent.exists():
             spent.write_text(json.dumps(time.perf_counter() - start))
         return dataset, json.loads(spent.read_text())
+
+
+def _rounded(value: Any) -> Any:
+    """Five decimals are enough for a line that is kept."""
+    if isinstance(value, dict):
+        return {key: _rounded(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [_rounded(entry) for entry in value]
+    return round(value, 5) if isinstance(value, float) and abs(value) < 1e6 else value
 
 
 def load_documents(args: argparse.Namespace) -> tuple[dict[str, Document], list[str], list[dict[str, str]]]:
@@ -402,7 +411,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--encoder", help="SentenceTransformer of the dense retriever")
     parser.add_argument("--kvpress-python", help="interpreter of an environment with kvpress")
-    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results/results.jsonl")
+    parser.add_argument("--output", type=Path, default=ROOT / "docs/results/results.jsonl", help="the JSON lines")
+    parser.add_argument("--work", type=Path, default=ROOT / "outputs/results", help="conversations and cartridges")
     parser.add_argument("--page", type=Path, default=ROOT / "docs/results.md")
     return parser.parse_args(argv)
 

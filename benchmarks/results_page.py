@@ -109,11 +109,11 @@ class Results:
 
 
 def write_page(records: Sequence[Record], path: Path, *, cells: Sequence[str] = ()) -> Path:
-    """Writes the page and its plots (beside it, in `results/`).
+    """Writes the page and its plots.
 
     Args:
         records: Of the cells that were run.
-        path: Of the page.
+        path: Of the page; its plots go into the folder of its name beside it.
         cells: Names of all cells, so that the page says which were not run.
     """
     results = Results(records)

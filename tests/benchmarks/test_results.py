@@ -36,7 +36,8 @@ def _run(folder: Path, *options: str) -> tuple[str, dict[str, dict[str, Any]]]:
     argv = [
         "--model", str(folder / "model"), "--dtype", "float32", "--data", str(folder / "data"), "--tasks", "qasper",
         "--window", "4000", "--conversations", "8", "--steps", "2", "--questions", "3",
-        "--output", str(folder / "out" / "lines.jsonl"), "--page", str(folder / "docs" / "page.md"), *options,
+        "--output", str(folder / "out" / "lines.jsonl"), "--page", str(folder / "docs" / "page.md"), "--work",
+        str(folder / "work"), *options,
     ]  # fmt: skip
     results.main(argv)
     return (folder / "docs" / "page.md").read_text(), results.read_records(folder / "out" / "lines.jsonl")
