@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from ..kv_prefix import evaluating
 from .system import System
 
 
@@ -39,11 +40,12 @@ def measure_speed(
     for _ in range(repeats + 1):
         start = _now()
         for _, model in system.parts([question]):
-            _decode(model, ids, 1)
-            first.append(_now() - start)
-            rows = ids.expand(batch_size, -1)
-            one = _seconds(model, rows, 1)
-            whole.append((_seconds(model, rows, new_tokens + 1) - one) / new_tokens)
+            with evaluating(model):
+                _decode(model, ids, 1)
+                first.append(_now() - start)
+                rows = ids.expand(batch_size, -1)
+                one = _seconds(model, rows, 1)
+                whole.append((_seconds(model, rows, new_tokens + 1) - one) / new_tokens)
     # The first round warms up.
     per_token = statistics.median(whole[1:])
     return Speed(statistics.median(first[1:]), batch_size / per_token if per_token > 0 else float("inf"), batch_size)
