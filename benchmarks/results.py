@@ -162,7 +162,8 @@ class Run:
 
     def baselines(self, document: str) -> dict[str, Any]:
         """Everything that needs no training, at a tenth of the text."""
-        names = [name for name in list_baselines() if name != "lora" and not name.startswith("kvpress_")]
+        left_out = {"lora", *self.args.skip}
+        names = [name for name in list_baselines() if name not in left_out and not name.startswith("kvpress_")]
         return {"report": self._evaluate(document, [], names, shrink=BASE["shrink"])}
 
     def presses(self, document: str) -> dict[str, Any]:
@@ -396,6 +397,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--minutes", type=float, default=1e9, help="begin no further cell after so many minutes")
     parser.add_argument("--only", nargs="*", default=[], metavar="GROUP", help="only these groups of cells")
+    parser.add_argument(
+        "--skip", nargs="*", default=[], metavar="BASELINE", help="baselines to leave out, e.g. summary"
+    )
     parser.add_argument("--list", action="store_true", help="list the cells and stop")
     parser.add_argument("--page-only", action="store_true", help="write the page from the lines that are there")
     parser.add_argument("--model", default=".models/SmolLM2-135M-Instruct")
