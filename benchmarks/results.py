@@ -8,14 +8,14 @@
 Each cell is a JSON line in `--output`; cells that are there are left out, so the same command carries on after a stop.
 The page is written anew from the lines at the end of each run, also after Ctrl-C. Documents: the two of `examples/data`,
 and those of QASPER, QuALITY and LooGLE, from the Hub or from `--data FOLDER` (`qasper.jsonl`, `quality.jsonl`,
-`loogle.jsonl`, `general.jsonl`; rows as in `peft_cartridges.evaluation.tasks`). Lines hold numbers only, no text.
+`loogle.jsonl`, `general.jsonl`, `longhealth.json`; rows as in `peft_cartridges.evaluation.tasks`). Lines hold numbers only, no text.
 
 On GPUs, with a model that answers rather than one that only likelihoods can tell apart (not run yet):
 
     python -m benchmarks.results --budget full --model Qwen/Qwen3-4B --device cuda --tasks longhealth quality \
-        --data DATA --documents 6 --conversations 4096 --steps 400 --output outputs/qwen3-4b.jsonl --page outputs/qwen3-4b.md
+        --data DATA --window 40960 --documents 6 --conversations 4096 --steps 400 --output outputs/qwen3-4b.jsonl --page outputs/qwen3-4b.md
     python -m benchmarks.results --budget full --model meta-llama/Llama-3.1-8B-Instruct --device cuda \
-        --tasks longhealth quality --data DATA --documents 6 --conversations 4096 --steps 400 \
+        --tasks longhealth quality --data DATA --window 131072 --documents 6 --conversations 4096 --steps 400 \
         --output outputs/llama-3.1-8b.jsonl --page outputs/llama-3.1-8b.md
 """
 
@@ -356,9 +356,8 @@ def load_documents(args: argparse.Namespace) -> tuple[dict[str, Document], list[
         found[name] = document_from_row(row)
     long: list[str] = []
     for task in [*args.tasks, "loogle_short"]:
-        file = args.data / f"{task.split('_')[0]}.jsonl" if args.data else None
         try:
-            documents = load_task(task, file if file and file.exists() else None, min_questions=6)
+            documents = load_task(task, _local(args.data, task.split("_")[0]), min_questions=6)
         except (OSError, ValueError) as error:
             print(f"{task}: left out, {error}", file=sys.stderr)
             continue
@@ -369,13 +368,18 @@ def load_documents(args: argparse.Namespace) -> tuple[dict[str, Document], list[
             found[document.id] = document
             if is_long:
                 long.append(document.id)
-    general_file = args.data / "general.jsonl" if args.data else None
     try:
-        general = general_pairs(general_file if general_file and general_file.exists() else None)
+        general = general_pairs(_local(args.data, "general"))
     except OSError as error:
         print(f"general prompts: left out, {error}", file=sys.stderr)
         general = []
     return found, long, [pair for pair in general if len(pair["prompt"]) + len(pair["answer"]) < 1200]
+
+
+def _local(folder: Path | None, name: str) -> Path | None:
+    """The file of a task in `--data`, where there is one."""
+    files = [folder / f"{name}{ending}" for ending in (".jsonl", ".json")] if folder else []
+    return next((file for file in files if file.exists()), None)
 
 
 def read_records(path: Path) -> dict[str, dict[str, Any]]:

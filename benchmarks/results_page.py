@@ -120,7 +120,8 @@ def write_page(records: Sequence[Record], path: Path, *, cells: Sequence[str] = 
     path.parent.mkdir(parents=True, exist_ok=True)
     plots = path.parent / path.stem
     parts = [_head(records, cells), _claims(results), _baselines(results, plots), _trained(results, plots)]
-    parts += [_off_context(results), _variants(results), _cost(results, plots), _published(), _missing(records, cells)]
+    parts += [_off_context(results), _variants(results), _cost(results, plots), _published(), _recipe()]
+    parts.append(_missing(records, cells))
     path.write_text("\n\n".join(part for part in parts if part) + "\n", encoding="utf-8")
     return path
 
@@ -354,6 +355,23 @@ def _claims(results: Results) -> str:
 def _published() -> str:
     rows = [[name, reason, figure, source] for name, reason, figure, source in PUBLISHED]
     return "## Not run, as published\n\n" + markdown_table(["", "why not here", "its authors report", "arXiv"], rows)
+
+
+def _recipe() -> str:
+    """The docstring of the command has the commands; here they stand as what is still to be run."""
+    command = (
+        "python -m benchmarks.results --budget full --device cuda --tasks longhealth quality --data DATA --documents 6 "
+        "--conversations 4096 --steps 400"
+    )
+    models = (("Qwen/Qwen3-4B", 40960, "qwen3-4b"), ("meta-llama/Llama-3.1-8B-Instruct", 131072, "llama-3.1-8b"))
+    lines = [
+        f"    {command} \\\n        --model {model} --window {window} --output outputs/{name}.jsonl --page outputs/{name}.md"
+        for model, window, name in models
+    ]
+    return (
+        "## On a GPU (not run yet)\n\nLongHealth (`DATA/longhealth.json`, its `benchmark_v5.json`) and QuALITY, with models "
+        "that answer:\n\n" + "\n".join(lines)
+    )
 
 
 def _missing(records: Sequence[Record], cells: Sequence[str]) -> str:

@@ -20,13 +20,14 @@ from ..evaluation.judge import Judge
 from ..evaluation.report import EvaluationReport
 from ..evaluation.tasks import TASKS, general_choices, general_pairs, instruction_rows, load_task, unanswerable_from
 from ..hub import load_cartridge
+from ..self_study.processes import partial_state
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("cartridge", help="a folder, or a name on the Hub (user/name[@revision])")
     parser.add_argument("--base-model", help="name or folder of the base model, instead of the one the cartridge names")
     parser.add_argument("--dtype", default="auto", help="of the base model, e.g. bfloat16")
-    parser.add_argument("--device", default="cpu", help="e.g. cuda")
+    parser.add_argument("--device", help="e.g. cuda:1; by default the accelerator if there is one, else the CPU")
     parser.add_argument("--output", type=Path, metavar="FILE", help="write the figures there as JSON")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="plot the gap closed against the size, e.g. gap.png")
     parser.add_argument(
@@ -95,7 +96,7 @@ def run(args: argparse.Namespace) -> None:
     base: Any = model.get_base_model()
     base_tokenizer = AutoTokenizer.from_pretrained(base.config._name_or_path)
     report = evaluate_cartridge(
-        model.to(args.device), tokenizer, text=text, questions=questions, general=general or (),
+        model.to(args.device or partial_state().device), tokenizer, text=text, questions=questions, general=general or (),
         general_choices=choices, instructions=instructions, unanswerable=unanswerable,
         conversations=_conversations(args.conversations) if args.conversations else None,
         baselines=list(BASELINES) if args.baselines == ["all"] else args.baselines, bench=bench, base_processing_class=base_tokenizer, judge=judge,

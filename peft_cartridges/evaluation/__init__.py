@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from .intervals import Estimate, bootstrap
     from .judge import Judge
     from .report import EvaluationReport
-    from .system import NotApplicable, System
+    from .system import NotApplicable, System, prefix_system
     from .tasks import TASKS, load_task, make_needles
 
 # Imported when they are first used: training asks for no more than likelihoods.
@@ -48,6 +48,7 @@ _LAZY = {
     "make_needles": "tasks",
     "measure_context_gap": "context_gap",
     "measure_machine": "cost",
+    "prefix_system": "system",
     "questions_until_cheaper": "cost",
     "register_baseline": "baselines",
 }
@@ -79,6 +80,7 @@ __all__ = [
     "make_needles",
     "measure_context_gap",
     "measure_machine",
+    "prefix_system",
     "questions_until_cheaper",
     "register_baseline",
 ]

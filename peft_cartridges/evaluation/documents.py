@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -97,7 +97,7 @@ def check_gold_answers(documents: Sequence[Document], name: str) -> None:
 
 
 def read_json_lines(path: str | Path) -> list[dict[str, Any]]:
-    """The rows of a JSON lines file (or of a JSON file that holds one list).
+    """The rows of a JSON lines file, or of a JSON file that holds a list or one object.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -107,17 +107,18 @@ def read_json_lines(path: str | Path) -> list[dict[str, Any]]:
     if not path.is_file():
         raise FileNotFoundError(f"There is no file {str(path)!r}.")
     content = path.read_text(encoding="utf-8")
-    rows: list[Any] = []
-    if content.lstrip().startswith("["):
-        numbered: Iterable[tuple[int, str]] = [(1, content)]
-    else:
-        numbered = [(n, line) for n, line in enumerate(content.splitlines(), start=1) if line.strip()]
-    for number, line in numbered:
-        try:
-            value = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {number}: not JSON ({error.msg}).") from error
-        rows.extend(value if isinstance(value, list) else [value])
+    try:
+        whole = json.loads(content)
+        rows: list[Any] = whole if isinstance(whole, list) else [whole]
+    except json.JSONDecodeError:
+        rows = [_parsed(line, f"{path}, line {n}") for n, line in enumerate(content.splitlines(), 1) if line.strip()]
     if wrong := [row for row in rows if not isinstance(row, dict)]:
         raise ValueError(f"{path}: every row must be an object, got a {type(wrong[0]).__name__}.")
     return rows
+
+
+def _parsed(line: str, where: str) -> Any:
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where}: not JSON ({error.msg}).") from error
