@@ -23,7 +23,8 @@ from peft_cartridges.evaluation.baselines.lora import equal_rank
 from peft_cartridges.evaluation.baselines.presses import PRESSES
 from peft_cartridges.evaluation.baselines.retrieval import choose_passages, split_passages
 from peft_cartridges.evaluation.scoring import row_of_answer, score_rows
-from peft_cartridges.evaluation.system import bare_system, prefix_system
+from peft_cartridges.evaluation.system import bare_system, cartridge_system, prefix_system
+from tests.exactness import cartridge_model
 from tests.tiny_models import tiny_model, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
@@ -150,6 +151,12 @@ def test_lora_has_the_bytes_and_learns_the_conversations() -> None:
     before = _nll(bare_system(tiny_model(), CODEC))
     assert all(after < start - 0.5 for after, start in zip(_nll(system), before, strict=True))
     assert _nll(get_baseline("no_context")(bench)) == pytest.approx(before, abs=1e-4)  # the model itself is untouched
+    # Beside a cartridge it is the same, and the cartridge stays.
+    model = tiny_model()
+    bench.model = cartridge_model(model, KVPrefix.from_text(model, CODEC, TEXT)[:4])
+    with_cartridge = _nll(cartridge_system(bench.model, CODEC))
+    assert _nll(get_baseline("lora")(bench)) == pytest.approx(_nll(system), abs=1e-3)
+    assert _nll(cartridge_system(bench.model, CODEC)) == with_cartridge
 
 
 def test_reasons() -> None:

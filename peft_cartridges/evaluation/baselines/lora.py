@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
+from transformers import PrinterCallback
 
 from ...kv_prefix import KVPrefix
 from ..system import NotApplicable, System, bare
@@ -44,7 +45,9 @@ def lora(bench: Bench) -> System:
             save_strategy="no", report_to="none", logging_strategy="no", disable_tqdm=True, seed=bench.seed,
             use_cpu=not torch.cuda.is_available(), gradient_checkpointing=False, bf16=False, fp16=False,
         )  # fmt: skip
-        SFTTrainer(adapter, args, train_dataset=rows, processing_class=bench.codec.tokenizer).train()
+        trainer = SFTTrainer(adapter, args, train_dataset=rows, processing_class=bench.codec.tokenizer)
+        trainer.remove_callback(PrinterCallback)  # reports go to stdout
+        trainer.train()
     # Trained in float32, served in the model's own dtype, as the cartridge is.
     width = next(model.parameters()).element_size()
     size = sum(p.numel() * width for name, p in adapter.named_parameters() if "lora_" in name)
