@@ -27,7 +27,6 @@ import platform
 import shlex
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -44,6 +43,7 @@ from peft_cartridges import (
     SelfStudySynthesizer,
     SelfStudyTrainer,
     SynthesisConfig,
+    initialize_cartridge,
 )
 from peft_cartridges.chat import ChatCodec
 from peft_cartridges.evaluation import (
@@ -61,11 +61,11 @@ from peft_cartridges.evaluation import (
     load_task,
     measure_machine,
 )
-from peft_cartridges.evaluation.baselines import untrained
 from peft_cartridges.evaluation.documents import document_from_row
 from peft_cartridges.evaluation.instructions import make_instructions
 from peft_cartridges.evaluation.system import prefix_system
 from peft_cartridges.evaluation.tasks import general_pairs, unanswerable_from
+from peft_cartridges.initialization import list_strategies
 
 ROOT = Path(__file__).parents[1]
 BUDGETS = ("small", "medium", "full")
@@ -113,7 +113,8 @@ def plan(documents: list[str], long: list[str]) -> list[Cell]:
     cells += [Cell("lora", "lora", document, (), "medium" if document in OWN else "full") for document in documents]
     cells += [trained("sizes", d, "medium" if d == first else "full", shrink=s) for d in documents for s in (5, 20, 38)]
     cells += [trained("seconds", first, "medium", shrink=10, share=share) for share in (0.25, 0.5, 2.0)]
-    for start in ("first_tokens", "sampled_chunks", "random_vectors", "unrelated_text"):
+    starts = [name for name in list_strategies() if name not in ("auto", "most_attended", "pretrained")]
+    for start in (*starts, "unrelated_text"):
         cells += [trained("initializations", d, "medium" if d == first else "full", start=start) for d in documents[:4]]
     cells += [trained("objective", d, "full", loss_type="cross_entropy") for d in documents]
     cells += [trained("seeds", d, "full", seeds=n, recitation_share=0.0) for d in documents[:4] for n in (1, 5)]
@@ -288,19 +289,21 @@ class Run:
         num_tokens = params.get("num_tokens") or max(2, tokens // params["shrink"])
         conversations, synthesis_seconds = self._conversations(name, text, params)
         start = time.perf_counter()
+        start_from = params.get("start", "auto")
         steps = max(1, round(self.args.steps * params.get("share", 1.0)))
         config = SelfStudyConfig(
             output_dir=str(self.work / "trainer"), max_steps=steps, save_strategy="no", logging_steps=5, plot=False,
             use_cpu=self.args.device == "cpu", disable_tqdm=True, report_to="none",
             loss_type=params.get("loss_type", "forward_kl"),
-            initialization=params["start"] if params.get("start") == "first_tokens" else "auto",
+            initialization="first_tokens" if start_from == "unrelated_text" else start_from,
         )  # fmt: skip
         trainer = SelfStudyTrainer(
             self.model, config, conversations, processing_class=self.tokenizer, corpus=text,
             peft_config=CartridgeConfig(num_tokens=num_tokens, num_frozen_tokens=params.get("frozen", 1)),
         )  # fmt: skip
-        if params.get("start") in ("random_vectors", "unrelated_text", "sampled_chunks"):
-            trainer.model.base_model.set_kv_prefix(self._start(params["start"], name, text, num_tokens))
+        if start_from == "unrelated_text":
+            other = next(d.text for other, d in self.documents.items() if other != name)
+            initialize_cartridge(trainer.model, self.codec, text=other, strategy="first_tokens")
         trainer.train()
         seconds = time.perf_counter() - start  # with the initialization
         prefix = trainer.model.get_kv_prefix().detach().to(self.model.dtype)
@@ -313,13 +316,6 @@ class Run:
         save_file({"prompt_embeddings": prefix.to_prompt_embeddings().cpu()}, file)
         facts_file.write_text(json.dumps(facts))
         return prefix, facts
-
-    def _start(self, kind: str, name: str, text: str, num_tokens: int) -> KVPrefix:
-        """The keys and values of an untrained baseline."""
-        other = next(d.text for other, d in self.documents.items() if other != name)
-        bench = Bench(self.model, self.tokenizer, text, num_tokens, unrelated_text=other)
-        made: Callable[[Bench], KVPrefix] = getattr(untrained, f"{kind}_prefix")
-        return made(bench)
 
     def _conversations(self, name: str, text: str, params: dict[str, Any]) -> tuple[Any, float]:
         seeds = {1: ["question"], 5: None}[params.get("seeds", 5)]

@@ -112,13 +112,16 @@ def test_dense_passages_are_the_nearest() -> None:
 def test_untrained_cartridges() -> None:
     bench = _bench(unrelated_text="sea " * 40)
     systems = {name: get_baseline(name)(bench) for name in list_baselines() if name.startswith("untrained")}
-    assert all(system.num_tokens == 16 for system in systems.values())
+    assert "untrained_most_attended" in systems and all(system.num_tokens == 16 for system in systems.values())
     assert len({round(_nll(system)[0], 3) for system in systems.values()}) == len(systems)
     assert _nll(systems["untrained_unrelated_text"]) == pytest.approx(_behind_text("sea " * 40, 16), abs=1e-4)
-    # All chunks of a text are the text.
-    whole = Bench(tiny_model(), TOKENIZER, TEXT, len(CODEC.encode_context(TEXT)))
-    chunks = get_baseline("untrained_sampled_chunks")(whole)
-    assert _nll(chunks) == pytest.approx(_behind_text(TEXT), abs=1e-4)
+    # They are made beside a cartridge too, which stays as it is.
+    model = tiny_model()
+    bench.model = cartridge_model(model, KVPrefix.from_text(model, CODEC, TEXT)[:4])
+    before = _nll(cartridge_system(bench.model, CODEC))
+    beside = get_baseline("untrained_most_attended")(bench)
+    assert _nll(beside) == pytest.approx(_nll(systems["untrained_most_attended"]), abs=1e-3)
+    assert _nll(cartridge_system(bench.model, CODEC)) == before and list(bench.model.peft_config) == ["default"]
 
 
 @pytest.mark.parametrize("bits", [4, 2])

@@ -5,11 +5,15 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 
+from ...initialization import list_strategies
 from ..system import System
 from . import lora, presses, quantized, retrieval, texts, untrained
 from .bench import Bench
 
 Baseline = Callable[[Bench], System]
+
+# Strategies that are baselines already, or need another cartridge.
+_NOT = ("auto", "first_tokens", "summary", "pretrained")
 
 BASELINES: dict[str, Baseline] = {
     "no_context": texts.no_context,
@@ -21,10 +25,12 @@ BASELINES: dict[str, Baseline] = {
     "lora": lora.lora,
     "quantized_4bit": functools.partial(quantized.quantized_cache, 4),
     "quantized_2bit": functools.partial(quantized.quantized_cache, 2),
-    "untrained_most_attended": functools.partial(untrained.by_strategy, "most_attended"),
-    "untrained_random_vectors": untrained.random_vectors,
+    **{
+        f"untrained_{name}": functools.partial(untrained.by_strategy, name)
+        for name in list_strategies()
+        if name not in _NOT
+    },
     "untrained_unrelated_text": untrained.unrelated_text,
-    "untrained_sampled_chunks": untrained.sampled_chunks,
     **{f"kvpress_{name}": functools.partial(presses.pressed, name) for name in presses.PRESSES},
 }
 
