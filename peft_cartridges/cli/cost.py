@@ -97,7 +97,10 @@ def run(args: argparse.Namespace) -> None:
         write_text(args.output, json.dumps(record, indent=1) + "\n")
         print(f"\nWritten to {args.output}")
     if args.plot:
-        plot_costs(found[args.num_tokens[0]], args.plot)
+        try:
+            plot_costs(found[args.num_tokens[0]], args.plot)
+        except ImportError as error:
+            raise ValueError(str(error)) from error
         print(f"Plotted in {args.plot}")
 
 

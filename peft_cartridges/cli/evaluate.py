@@ -76,6 +76,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    try:
+        _run(args)
+    except ImportError as error:  # of a metric, a judge or a plot, with what to install
+        raise ValueError(str(error)) from error
+
+
+def _run(args: argparse.Namespace) -> None:
     names = [field.name for field in fields(EvaluationConfig)]
     config = EvaluationConfig(**{name: getattr(args, name) for name in names if hasattr(args, name)})
     text, questions, unanswerable = _text(args)

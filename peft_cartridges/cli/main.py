@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     module = importlib.import_module(f".{COMMANDS[args.command][0]}", __package__)
     try:
         module.run(args)
-    except (ValueError, OSError, ImportError) as error:
+    except (ValueError, OSError) as error:
         print(f"cartridges {args.command}: error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt as stop:
