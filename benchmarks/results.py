@@ -63,6 +63,8 @@ from peft_cartridges.evaluation import (
 )
 from peft_cartridges.evaluation.documents import document_from_row
 from peft_cartridges.evaluation.instructions import make_instructions
+from peft_cartridges.evaluation.measurements import Items
+from peft_cartridges.evaluation.report import SystemResult
 from peft_cartridges.evaluation.system import prefix_system
 from peft_cartridges.evaluation.tasks import general_pairs, unanswerable_from
 from peft_cartridges.initialization import list_strategies
@@ -152,7 +154,10 @@ class Run:
 
     def carry_out(self, cell: Cell) -> dict[str, Any]:
         start = time.perf_counter()
+        self._partial = self.work / "partial" / f"{cell.name.replace('/', '+')}.jsonl"
+        self._partial.parent.mkdir(parents=True, exist_ok=True)
         figures = getattr(self, cell.kind)(cell.document, **dict(cell.params))
+        self._partial.unlink(missing_ok=True)
         return {
             "name": cell.name, "group": cell.group, "document": cell.document, "params": dict(cell.params),
             "seconds": round(time.perf_counter() - start, 1), "model": self.args.model, "dtype": self.args.dtype,
@@ -262,15 +267,22 @@ class Run:
         given = self.documents[document]
         tokens = len(self.codec.encode_context(given.text))
         config = EvaluationConfig(
-            max_questions=self.args.questions, max_general_prompts=24, generate=generate, max_new_tokens=32, speed=generate,
+            max_questions=self.args.questions, max_general_prompts=self.args.general_prompts, generate=generate, max_new_tokens=32, speed=generate,
             abstention=generate,
         )  # fmt: skip
+        # What a stop within a cell leaves is carried on from too.
+        kept = {name: result_from_dict(row) for name, row in read_records(self._partial).items()}
+
+        def keep(name: str, result: SystemResult) -> None:
+            with self._partial.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({**asdict(result), "system": result.name, "name": name}) + "\n")
+
         report: EvaluationReport = evaluate_systems(
             systems, self._bench(document, num_tokens or max(2, tokens // shrink), **options),
             questions=given.answerable, general=self.general, baselines=baselines, args=config,
-            instructions=make_instructions([pair["prompt"] for pair in self.general[:24]]) if generate else (),
-            unanswerable=unanswerable_from(list(self.documents.values()), given)[:24] if generate else (),
-            progress=lambda name: print(f"    {name}", file=sys.stderr, flush=True),
+            instructions=make_instructions([pair["prompt"] for pair in self.general[: self.args.general_prompts]]) if generate else (),
+            unanswerable=unanswerable_from(list(self.documents.values()), given)[: self.args.questions or None] if generate else (),
+            progress=lambda name: print(f"    {name}", file=sys.stderr, flush=True), kept=kept, finished=keep,
         )  # fmt: skip
         return _rounded(report.to_dict())
 
@@ -329,6 +341,13 @@ class Run:
         if not spent.exists():
             spent.write_text(json.dumps(time.perf_counter() - start))
         return dataset, json.loads(spent.read_text())
+
+
+def result_from_dict(row: dict[str, Any]) -> SystemResult:
+    """Of a line that a stopped cell has kept."""
+    fields = {key: value for key, value in row.items() if key != "system"}
+    items = {name: Items(**value) for name, value in row["items"].items()}
+    return SystemResult(**{**fields, "name": row["system"], "items": items})
 
 
 def _rounded(value: Any) -> Any:
@@ -411,6 +430,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--long-documents", type=int, default=2, help="of LooGLE")
     parser.add_argument("--window", type=int, default=8192, help="of the model; longer texts of the tasks are left out")
     parser.add_argument("--questions", type=int, default=24, help="of each document at most; 0 takes all")
+    parser.add_argument("--general-prompts", type=int, default=24, help="that have nothing to do with the text")
     parser.add_argument("--conversations", type=int, default=384)
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--encoder", help="SentenceTransformer of the dense retriever")

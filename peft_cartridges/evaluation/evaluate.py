@@ -98,9 +98,16 @@ def evaluate_systems(
     args: EvaluationConfig | None = None,
     command: str = "",
     progress: Callable[[str], None] | None = None,
+    kept: Mapping[str, SystemResult] | None = None,
+    finished: Callable[[str, SystemResult], None] | None = None,
 ) -> EvaluationReport:
     """As `evaluate_cartridge`, of any systems and the baselines of a bench. A baseline that cannot be measured stands in
     the report with the reason.
+
+    Args:
+        kept: Results of an earlier run with the same arguments, by the names that `finished` was called with; they are
+            taken as they are.
+        finished: Called with each result as it is there, to keep it.
 
     Raises:
         ValueError: as `evaluate_cartridge`.
@@ -126,35 +133,39 @@ def evaluate_systems(
         instructions=_some(rules, args.max_general_prompts, args.seed),
         unanswerable=_some(_questions(unanswerable), args.max_questions, args.seed),
     )
-    results: list[SystemResult] = []
-    say("no context")
-    bare = wanted.pop("no_context")(bench)
+    done = dict(kept or {})
+    bare = wanted["no_context"](bench)
     full: System | None = None
-    reason = None
+    reason = ""
     try:
-        full = wanted.pop("full_text")(bench)
+        full = wanted["full_text"](bench)
     except NotApplicable as error:
         reason = str(error)
     measuring = Measuring(material, args, bare, full, judge)
-    results.append(_measure(bare, measuring, args))
-    if full is not None:
-        say("full text")
-        results.append(_measure(full, measuring, args))
-    else:
-        results.append(SystemResult("full text", reason=reason))
-    for system in systems:
-        say(system.name)
-        results.append(_measure(system, measuring, args))
-    for name, make in wanted.items():
+    made: dict[str, Callable[[], System]] = {"no_context": lambda: bare, "full_text": lambda: _there(full, reason)}
+    made |= {system.name: lambda system=system: system for system in systems}
+    made |= {name: lambda make=make: make(bench) for name, make in wanted.items() if name not in made}
+    for name, make in made.items():
+        if name in done:
+            continue
         say(name)
         try:
-            results.append(_measure(make(bench), measuring, args))
+            done[name] = _measure(make(), measuring, args)
         except NotApplicable as error:
-            results.append(SystemResult(name.replace("_", " "), reason=str(error)))
+            done[name] = SystemResult(name.replace("_", " "), reason=str(error))
+        if finished is not None:
+            finished(name, done[name])
+    results = [done[name] for name in made]
     return EvaluationReport(
         results, len(bench.text_ids), {**asdict(args), "dtype": str(next(bench.model.parameters()).dtype)},
         _versions(bench.model), command,
     )  # fmt: skip
+
+
+def _there(system: System | None, reason: str) -> System:
+    if system is None:
+        raise NotApplicable(reason)
+    return system
 
 
 def _measure(system: System, measuring: Measuring, args: EvaluationConfig) -> SystemResult:

@@ -136,6 +136,25 @@ def test_held_out_conversations_take_the_place_of_the_text_s_own_answers() -> No
     assert report["no context"].items["teacher_kl"].weights == [2.0]
 
 
+def test_a_stopped_evaluation_is_carried_on() -> None:
+    bench = Bench(tiny_model(), TOKENIZER, TEXT, 8)
+    options: dict[str, Any] = {"questions": QUESTIONS, "baselines": ["first_tokens", "dense"]}
+    options["args"] = EvaluationConfig(generate=False, speed=False, bootstrap_samples=20)
+    kept: dict[str, Any] = {}
+
+    def stop_after_two(name: str, result: Any) -> None:
+        kept[name] = result
+        if len(kept) == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        evaluate_systems([], bench, finished=stop_after_two, **options)
+    asked: list[str] = []
+    report = evaluate_systems([], bench, kept=kept, progress=asked.append, **options)
+    assert list(kept) == ["no_context", "full_text"] and asked == ["first_tokens", "dense"]
+    assert report.table() == evaluate_systems([], bench, **options).table()
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
