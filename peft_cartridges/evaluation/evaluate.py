@@ -3,6 +3,7 @@ same figures for the full text in context and whatever else one would do instead
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import random
 from collections.abc import Callable, Mapping, Sequence
@@ -143,8 +144,8 @@ def evaluate_systems(
         reason = str(error)
     measuring = Measuring(material, args, bare, full, judge)
     made: dict[str, Callable[[], System]] = {"no_context": lambda: bare, "full_text": lambda: _there(full, reason)}
-    made |= {system.name: lambda system=system: system for system in systems}
-    made |= {name: lambda make=make: make(bench) for name, make in wanted.items() if name not in made}
+    made |= {system.name: functools.partial(_there, system, "") for system in systems}
+    made |= {name: functools.partial(make, bench) for name, make in wanted.items() if name not in made}
     for name, make in made.items():
         if name in done:
             continue
