@@ -15,6 +15,8 @@ from .quiet import quiet_libraries
 # Command -> (module beside this one, one line of help)
 COMMANDS: dict[str, tuple[str, str]] = {
     "compose": ("compose", "Join several cartridges into one."),
+    "cost": ("cost", "What a cartridge costs to make and to serve, and when it pays."),
+    "evaluate": ("evaluate", "Measure a cartridge on its text and off it, beside what one would do instead."),
     "info": ("info", "Tell what a cartridge is, without loading it."),
     "list": ("list", "List the cartridges on the Hub."),
     "pull": ("pull", "Fetch a cartridge from the Hub and check it."),
