@@ -12,6 +12,7 @@ from typing import Any, get_type_hints
 
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from ..atomic_files import write_text
 from ..chat import ChatCodec
 from ..evaluation.cost import (
     Cost,
@@ -24,7 +25,6 @@ from ..evaluation.cost import (
     questions_until_cheaper,
 )
 from ..evaluation.report import markdown_table, pyplot
-from ..hub.files import write_text
 
 # Dense bfloat16 FLOPs and bytes per second at most, from the vendor's data sheets.
 MACHINES: dict[str, tuple[float, float]] = {

@@ -146,7 +146,7 @@ class EvaluationReport:
 
     def save(self, path: str | Path) -> None:
         """Writes the JSON, complete or not at all."""
-        from ..hub.files import write_text
+        from ..atomic_files import write_text
 
         write_text(path, json.dumps(self.to_dict(), indent=1) + "\n")
 
