@@ -119,8 +119,9 @@ def _aligned(part: Part) -> Tensor | None:
     query, kv_len, mask = part.query, part.key.shape[2], part.mask
     if mask is None:
         return None
-    padded = pad(mask, (0, -kv_len % _MASK_ALIGNMENT))
-    return padded.narrow(-1, 0, kv_len).expand(*query.shape[:3], kv_len)
+    if kv_len % _MASK_ALIGNMENT or not mask.is_contiguous():
+        mask = pad(mask, (0, -kv_len % _MASK_ALIGNMENT)).narrow(-1, 0, kv_len)
+    return mask.expand(*query.shape[:3], kv_len)
 
 
 @torch.compiler.assume_constant_result
