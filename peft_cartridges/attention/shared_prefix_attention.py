@@ -100,8 +100,10 @@ def shared_prefix_attention(
         if dtype != torch.float64:
             dtype = torch.get_autocast_dtype(device)
         returned = dtype
-    query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-    tensors = [tensor.to(dtype) for prefix in prefixes for tensor in (prefix.key, prefix.value)]
+    tensors = [tensor for prefix in prefixes for tensor in (prefix.key, prefix.value)]
+    query, key, value, *tensors = (
+        tensor if tensor.dtype == dtype else tensor.to(dtype) for tensor in (query, key, value, *tensors)
+    )
     mask = None if mask is None else _narrowed(mask, dtype)
     q_len, heads, kv_heads = query.shape[2], query.shape[1], key.shape[1]
     scores = None if sinks is None else sinks.view(1, -1, 1)
@@ -122,7 +124,7 @@ def shared_prefix_attention(
         output = _forward(*arguments)[0]
     if packed:
         output = output.reshape(len(output), heads, 1, -1)
-    return output.to(returned)
+    return output if output.dtype == returned else output.to(returned)
 
 
 def _forward(
@@ -273,13 +275,13 @@ class _Folding:
         """Of `[batch, heads, q_len, dim]`, or without the last."""
         rows, groups, q_len = self.queries
         tensor = tensor.view(self.splits, rows, self.heads, groups, q_len, *tensor.shape[3:])
-        return tensor.transpose(1, 2).flatten(2, 4)
+        return tensor.transpose(1, 2).reshape(self.splits, self.heads, rows * groups * q_len, *tensor.shape[5:])
 
     def undo(self, tensor: Tensor) -> Tensor:
         """The inverse; also of what has another first axis than `splits`."""
         rows, groups, q_len = self.queries
-        tensor = tensor.unflatten(2, (rows, groups, q_len)).transpose(1, 2)
-        return tensor.reshape(-1, self.heads * groups, q_len, *tensor.shape[5:])
+        tensor = tensor.view(-1, self.heads, rows, groups, q_len, *tensor.shape[3:]).transpose(1, 2)
+        return tensor.reshape(len(tensor) * rows, self.heads * groups, q_len, *tensor.shape[5:])
 
     def part(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scoring: Scoring) -> Part:
         """Of queries `[batch, heads, q_len, key_dim]` to keys and values `[kv_heads, num_tokens, dim]`."""
