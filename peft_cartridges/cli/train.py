@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from datasets import Dataset
 from transformers import AutoConfig, AutoTokenizer, EarlyStoppingCallback
@@ -40,9 +40,30 @@ and --steps (more of both for longer texts), --learning-rate. `--help-all` lists
 """
 # Settings of `SelfStudyConfig` in the short help; the others are in `--help-all`.
 _SHOWN = frozenset(
-    "output_dir max_steps num_train_epochs learning_rate per_device_train_batch_size loss_type num_conversations "
-    "num_eval_conversations seed_types teacher_targets engine base_url use_vllm shard_model on_policy_fraction eval_steps "
-    "save_steps push_to_hub hub_model_id report_to use_cpu initialization".split()
+    [
+        "output_dir",
+        "max_steps",
+        "num_train_epochs",
+        "learning_rate",
+        "per_device_train_batch_size",
+        "loss_type",
+        "num_conversations",
+        "num_eval_conversations",
+        "seed_types",
+        "teacher_targets",
+        "engine",
+        "base_url",
+        "use_vllm",
+        "shard_model",
+        "on_policy_fraction",
+        "eval_steps",
+        "save_steps",
+        "push_to_hub",
+        "hub_model_id",
+        "report_to",
+        "use_cpu",
+        "initialization",
+    ]
 )
 
 
@@ -111,7 +132,7 @@ class _Help(argparse.RawDescriptionHelpFormatter):
 def make_parser(*, show_all: bool = False) -> TrlParser:
     """One set of options for the command line and for YAML (`--config`)."""
     parser = TrlParser(
-        [ModelArguments, DataArguments, SelfStudyConfig],
+        cast(Any, [ModelArguments, DataArguments, SelfStudyConfig]),
         prog="cartridges train",
         usage="cartridges train [CORPUS …] --model MODEL --output-dir FOLDER [--num-tokens N] [options]",
         description=_DESCRIPTION,
@@ -209,7 +230,7 @@ def _make_trainer(
         train_dataset,
         processing_class=tokenizer,
         peft_config=CartridgeConfig(num_tokens=model.num_tokens, num_frozen_tokens=model.num_frozen_tokens),
-        callbacks=stopping,
+        callbacks=cast(Any, stopping),
         gold_questions=questions,
         corpus=text if data.conversations and documents else None,
         quantization_config=quantization,
