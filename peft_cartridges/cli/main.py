@@ -12,6 +12,7 @@ from .. import __version__
 # Command -> (module beside this one, one line of help)
 COMMANDS: dict[str, tuple[str, str]] = {
     "compose": ("compose", "Join several cartridges into one."),
+    "estimate": ("estimate", "Say what a project takes: disk, memory and time."),
     "list": ("list", "List the cartridges on the Hub."),
     "pull": ("pull", "Fetch a cartridge from the Hub and check it."),
     "push": ("push", "Put a cartridge on the Hub, with its card."),
