@@ -7,17 +7,21 @@ teacher's target is kept as, and what lets a loss over the vocabulary be compute
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
-from collections.abc import Iterator, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from types import MethodType
+from typing import Any, TypeVar
 
 import torch
 from accelerate.utils import extract_model_from_parallel
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
-from .attention import find_attention_layers, find_decoder
+T = TypeVar("T")
 
 
 @torch.no_grad()
@@ -35,13 +39,12 @@ def predicting_states(
     Returns:
         One tensor `[num_predicted[i], hidden_size]` per row, in the order of `rows`.
     """
-    decoder = _decoder(model)
     device = next(model.parameters()).device
     results: list[Tensor] = [torch.empty(0)] * len(rows)
     order = sorted(range(len(rows)), key=lambda index: len(rows[index]))
     for start in range(0, len(order), batch_size):
         batch = order[start : start + batch_size]
-        hidden = decoder(input_ids=pad_right([rows[i] for i in batch]).to(device), use_cache=False).last_hidden_state
+        hidden = forward_hidden_states(model, input_ids=pad_right([rows[i] for i in batch]).to(device))
         for row, index in enumerate(batch):
             end = len(rows[index]) - 1
             results[index] = hidden[row, end - num_predicted[index] : end].clone()
@@ -54,6 +57,30 @@ def pad_right(rows: Sequence[Sequence[int]], value: int = 0) -> Tensor:
     return torch.tensor([[*row, *[value] * (width - len(row))] for row in rows])
 
 
+def forward_hidden_states(model: nn.Module, **inputs: Any) -> Tensor:
+    """Final hidden states `[batch, q_len, hidden_size]` by a forward of the whole `model` (which may be wrapped for
+    distributed training), with logits for one position of one row only."""
+    causal_lm = _causal_lm(model)
+    captured: list[Tensor] = []
+
+    def keep_one(module: nn.Module, args: Any, output: Any) -> Any:
+        captured.append(output.last_hidden_state)
+        output.last_hidden_state = output.last_hidden_state[:1, -1:].contiguous()
+        return output
+
+    handle = causal_lm.get_decoder().register_forward_hook(keep_one)
+    try:
+        model(**inputs, **keep_last_logit(causal_lm), use_cache=False)
+    finally:
+        handle.remove()
+    return captured[0]
+
+
+def keep_last_logit(model: Any) -> dict[str, int]:
+    """The argument that spares a causal LM the logits nobody asks for, where it knows one."""
+    return {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(_causal_lm(model).forward).parameters else {}
+
+
 @dataclass
 class _DecoderOutput(BaseModelOutputWithPastAndCrossAttentions):
     """What a decoder gives, as any causal LM around it reads it: mixtures of experts ask for router logits too."""
@@ -64,61 +91,124 @@ class _DecoderOutput(BaseModelOutputWithPastAndCrossAttentions):
 class OutputHead:
     """The part of a causal LM behind its final hidden states, with the soft caps and scales that some models have.
 
+    It runs the model's own forward on a twin of the model, in which the decoder merely hands over the states. The
+    model itself is not touched, so hooks of accelerate, FSDP and others stay what they are.
+
     Args:
         model: A transformers causal LM or a PEFT model around one.
     """
 
     def __init__(self, model: Any) -> None:
-        self.model: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
-        self.decoder = _decoder(self.model)
+        self.model = _causal_lm(model)
+        names = {id(module): name for name, module in self.model.named_modules()}
+        self._decoder_name = names[id(self.model.get_decoder())]
+        self._embeddings_name = names.get(id(self.model.get_output_embeddings()))
+        self._gathered: nn.Module | None = None
+
+    @property
+    def decoder(self) -> nn.Module:
+        return self.model.get_submodule(self._decoder_name)
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """Logits `[..., vocab_size]` of final hidden states `[..., hidden_size]`."""
         rows = hidden.reshape(1, -1, hidden.shape[-1])
-        with _answering(self.decoder, _DecoderOutput(last_hidden_state=rows)):
-            logits = self.model(inputs_embeds=rows, use_cache=False).logits
+        decoder = _twin(self.decoder, hooks=False)
+        decoder.__dict__["forward"] = lambda *args, **kwargs: _DecoderOutput(last_hidden_state=rows)
+        replaced = {self._decoder_name: decoder}
+        embeddings = self._gathered or self._whole_embeddings()
+        if embeddings is not None and self._embeddings_name is not None:
+            replaced[self._embeddings_name] = embeddings
+        logits = _with_submodules(self.model, replaced)(inputs_embeds=rows, use_cache=False).logits
         return logits.reshape(*hidden.shape[:-1], -1)
+
+    @contextlib.contextmanager
+    def gathered(self) -> Iterator[None]:
+        """Meanwhile the head's weights are whole in this process. Without it, every call gathers them where the model
+        is sharded (FSDP 2), and all processes have to make the same calls."""
+        outer = self._gathered
+        self._gathered = outer or self._whole_embeddings()
+        try:
+            yield
+        finally:
+            self._gathered = outer
 
     def trainable_parameters(self) -> list[nn.Parameter]:
         """Parameters of the output embeddings that want a gradient (none, unless they are in `modules_to_save`)."""
         embeddings = self.model.get_output_embeddings()
         return [] if embeddings is None else [p for p in embeddings.parameters() if p.requires_grad]
 
+    @property
+    def linear(self) -> Any:
+        """The output embeddings, whole; `None` in a model without any."""
+        return self._gathered or self._whole_embeddings() or self.model.get_output_embeddings()
 
-def _decoder(model: nn.Module) -> Any:
-    return find_decoder(model, find_attention_layers(model))[1]
+    def _whole_embeddings(self) -> nn.Module | None:
+        """A twin of sharded output embeddings with whole weights and without FSDP's hooks; `None` if they are whole.
+
+        FSDP counts the calls of modules that it gathers together (final norm and head), so a call of the head alone
+        must not reach its hooks.
+        """
+        embeddings = self.model.get_output_embeddings()
+        if embeddings is None or not (_is_sharded(embeddings) or _has_sharded_parameter(embeddings)):
+            return None
+        twin = _twin(embeddings, hooks=False)
+        twin.__dict__["_parameters"] = {
+            name: p.full_tensor() if isinstance(p, DTensor) else p for name, p in embeddings._parameters.items()
+        }
+        return twin
 
 
-@contextlib.contextmanager
-def _answering(module: Any, output: Any) -> Iterator[None]:
-    """The module gives `output` whatever it is called with."""
-    module.forward = lambda *args, **kwargs: output
-    try:
-        yield
-    finally:
-        del module.forward
-
-
-def forward_hidden_states(model: nn.Module, **inputs: Any) -> Tensor:
-    """Final hidden states `[batch, q_len, hidden_size]` by a forward of the whole `model` (which may be wrapped for
-    distributed training), with logits for one position of one row only."""
+def _causal_lm(model: Any) -> Any:
+    """The transformers causal LM in a PEFT model and in what distributed training wraps around either."""
     inner = extract_model_from_parallel(model, keep_torch_compile=False)
-    captured: list[Tensor] = []
-
-    def keep_one(module: nn.Module, args: Any, output: Any) -> Any:
-        captured.append(output.last_hidden_state)
-        output.last_hidden_state = output.last_hidden_state[:1, -1:].contiguous()
-        return output
-
-    handle = _decoder(inner).register_forward_hook(keep_one)
-    try:
-        model(**inputs, **keep_last_logit(inner), use_cache=False)
-    finally:
-        handle.remove()
-    return captured[0]
+    return inner.get_base_model() if hasattr(inner, "get_base_model") else inner
 
 
-def keep_last_logit(model: Any) -> dict[str, int]:
-    """The argument that spares a causal LM the logits nobody asks for, where it knows one."""
-    causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(causal_lm.forward).parameters else {}
+def _is_sharded(module: nn.Module) -> bool:
+    from torch.distributed.fsdp import FSDPModule
+
+    return isinstance(module, FSDPModule)
+
+
+def _has_sharded_parameter(module: nn.Module) -> bool:
+    return any(isinstance(parameter, DTensor) for parameter in module.parameters())
+
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def _twin(module: T, *, hooks: bool = True) -> T:
+    """A second object with the module's class, parameters and submodules. What is bound to the module itself, as the
+    forward that accelerate puts there, is bound to the twin."""
+    twin: Any = object.__new__(type(module))
+    twin.__dict__.update({name: _rebound(value, module, twin) for name, value in vars(module).items()})
+    if not hooks:
+        twin.__dict__.update({name: OrderedDict() for name in _HOOKS})
+        for name in ("forward", "_hf_hook", "_old_forward"):
+            twin.__dict__.pop(name, None)
+    return twin
+
+
+def _rebound(value: Any, module: Any, twin: Any) -> Any:
+    if isinstance(value, MethodType) and value.__self__ is module:
+        return MethodType(value.__func__, twin)
+    if isinstance(value, functools.partial) and value.args and value.args[0] is module:
+        function: Callable[..., Any] = value.func
+        return functools.partial(function, twin, *value.args[1:], **value.keywords)
+    return value
+
+
+def _with_submodules(module: Any, replaced: dict[str, nn.Module]) -> Any:
+    """A twin of the module in which the submodules of these names are others."""
+    twin = _twin(module, hooks=not _is_sharded(module))
+    twin.__dict__["_modules"] = modules = dict(module._modules)
+    inner: dict[str, dict[str, nn.Module]] = {}
+    for name, other in replaced.items():
+        first, _, rest = name.partition(".")
+        if rest:
+            inner.setdefault(first, {})[rest] = other
+        else:
+            modules[first] = other
+    for first, below in inner.items():
+        modules[first] = _with_submodules(module._modules[first], below)
+    return twin

@@ -7,6 +7,7 @@ import json
 from typing import Any
 
 from peft import PeftModel
+from torch.distributed.tensor import DTensor
 
 from .chat import get_tokenizer
 
@@ -23,6 +24,8 @@ def model_fingerprint(model: Any) -> str:
     for name, parameter in model.state_dict().items():
         if "kv_prefix_" in name or "lora_" in name or parameter.device.type == "meta":
             continue
+        if isinstance(parameter, DTensor):  # sharded over processes, all of which come here
+            parameter = parameter.full_tensor()
         step = parameter.numel() // _SIGNS | 1  # odd: not down one column of a matrix
         sample = parameter.detach().reshape(-1)[::step]
         if parameter.is_floating_point():

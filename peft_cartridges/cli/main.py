@@ -1,4 +1,5 @@
-"""`cartridges COMMAND …`: each command is a module with `add_arguments(parser)` and `run(args)`, imported when asked for."""
+"""`cartridges COMMAND …`: each command is a module, imported when asked for, with `run(args)` and either
+`add_arguments(parser)` or, where it has a parser of its own, `parse_args(argv)`."""
 
 from __future__ import annotations
 
@@ -6,17 +7,21 @@ import argparse
 import importlib
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from .. import __version__
+from .quiet import quiet_libraries
 
 # Command -> (module beside this one, one line of help)
 COMMANDS: dict[str, tuple[str, str]] = {
     "compose": ("compose", "Join several cartridges into one."),
     "estimate": ("estimate", "Say what a project takes: disk, memory and time."),
+    "info": ("info", "Tell what a cartridge is, without loading it."),
     "list": ("list", "List the cartridges on the Hub."),
     "pull": ("pull", "Fetch a cartridge from the Hub and check it."),
     "push": ("push", "Put a cartridge on the Hub, with its card."),
     "synthesize": ("synthesize", "Write the self-study data set of a corpus, or preview it."),
+    "train": ("train", "Train a cartridge of a text."),
 }
 
 
@@ -28,18 +33,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--version", action="version", version=f"peft-cartridges {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for name, (module_name, help_line) in COMMANDS.items():
+    chosen = argv[0] if argv and argv[0] in COMMANDS else None
+    module: Any = None
+    if chosen is not None:
+        quiet_libraries()
+        module = importlib.import_module(f".{COMMANDS[chosen][0]}", __package__)
+    for name, (_, help_line) in COMMANDS.items():
         command = commands.add_parser(name, help=help_line, description=help_line)
-        if name in argv[:1]:
-            importlib.import_module(f".{module_name}", __package__).add_arguments(command)
-    args = parser.parse_args(argv)
-    module = importlib.import_module(f".{COMMANDS[args.command][0]}", __package__)
+        if name == chosen and hasattr(module, "add_arguments"):
+            module.add_arguments(command)
     try:
-        module.run(args)
+        if chosen is not None and hasattr(module, "parse_args"):
+            module.run(module.parse_args(argv[1:]))
+        else:
+            args = parser.parse_args(argv)
+            module.run(args)
     except (ValueError, OSError) as error:
-        print(f"cartridges {args.command}: error: {error}", file=sys.stderr)
+        print(f"cartridges {chosen}: error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt as stop:
-        print("; ".join(filter(None, (f"\ncartridges {args.command}: interrupted", str(stop)))), file=sys.stderr)
+        print("; ".join(filter(None, (f"\ncartridges {chosen}: interrupted", str(stop)))), file=sys.stderr)
         return 130
     return 0

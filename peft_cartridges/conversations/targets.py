@@ -16,8 +16,7 @@ import torch
 from datasets import List, Value
 from torch import Tensor
 
-# Stands where the mass cut-off leaves fewer than k tokens: as good as minus infinity, and safe in every float type.
-PADDED_LOGPROB = -1e4
+from ..objectives import PADDED_LOGPROB
 
 # Kind of targets -> the columns it is kept in. A new kind is one row here and one in `self_study.scoring.ENCODERS`.
 TARGETS: dict[str, dict[str, Any]] = {

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from ..adapter_folder import read_config
 from ..attention.layers import find_attention_layers, get_text_config
@@ -162,6 +163,7 @@ def _hash_weights(model: nn.Module) -> str | None:
 
 
 def _sample(weight: Tensor) -> bytes:
-    flat = weight.detach().reshape(-1)
+    # Of a model that is sharded over processes, all of which come here.
+    flat = (weight.full_tensor() if isinstance(weight, DTensor) else weight).detach().reshape(-1)
     values = flat[:: max(1, flat.numel() // _ELEMENTS_PER_WEIGHT)][:_ELEMENTS_PER_WEIGHT]
     return values.to("cpu", torch.bfloat16).contiguous().view(torch.int16).numpy().astype("<i2").tobytes()

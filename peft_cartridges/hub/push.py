@@ -177,7 +177,7 @@ def complete_facts(
         "base_model": config.base_model_name_or_path,
         "base_model_revision": config.revision,
         "package_versions": current_package_versions(),
-        "base_identity": None if model is None else identify_base_model(model),
+        "base_identity": None if model is None or facts.base_identity else identify_base_model(model),
     }
     return dataclasses.replace(facts, **{key: value for key, value in found.items() if not getattr(facts, key)})
 

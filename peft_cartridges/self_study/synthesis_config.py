@@ -17,16 +17,21 @@ from .prompts import PAPER_TYPES, check_seed_types
 from .quality import DEFAULT_FILTERS, check_filters
 
 
+class _Deciding(str):
+    """The help of a setting that decides what conversations say. Parsers of the command line take all of a field's
+    metadata for their own, so it says so by its type."""
+
+
 def _decides(help: str, default: Any = MISSING, *, factory: Callable[[], Any] | None = None) -> Any:
     """A setting that decides what the conversations say: it is a part of the set's address."""
     chosen: dict[str, Any] = {"default": default} if factory is None else {"default_factory": factory}
-    return field(metadata={"help": help, "content": True}, **chosen)
+    return field(metadata={"help": _Deciding(help)}, **chosen)
 
 
 def _carries(help: str, default: Any = MISSING, *, factory: Callable[[], Any] | None = None) -> Any:
     """A setting of how much is made, by what, and what is kept with it: a set may be carried on with another value."""
     chosen: dict[str, Any] = {"default": default} if factory is None else {"default_factory": factory}
-    return field(metadata={"help": help, "content": False}, **chosen)
+    return field(metadata={"help": help}, **chosen)
 
 
 @dataclass
@@ -243,7 +248,7 @@ class SynthesisConfig:
     @classmethod
     def content_settings(cls) -> list[str]:
         """Names of the settings that decide what the conversations say."""
-        return [field.name for field in fields(cls) if field.metadata["content"]]
+        return [field.name for field in fields(cls) if isinstance(field.metadata["help"], _Deciding)]
 
     def get_engine_options(self) -> dict[str, Any]:
         """`engine_options` as a mapping."""

@@ -2,40 +2,55 @@
 
 from __future__ import annotations
 
-import json
+import itertools
 from typing import Any
-
-from datasets import Dataset
 
 from ..attention.layers import get_text_config
 from ..chat import get_tokenizer
-from ..self_study.backends import TransformersBackend
-from ..self_study.run_identity import FORMAT, tokenizer_fingerprint
+from ..conversations import read_provenance
+from ..conversations.provenance import FORMAT
+from ..model_identity import model_fingerprint, tokenizer_fingerprint
+from .batches import has_targets
 
 _ROWS_LOOKED_AT = 8
 
 
-def check_columns(dataset: Any, name: str, *, needs_teacher: bool = True, needs_context: bool = False) -> None:
-    """Raises:
-    ValueError: the data set lacks columns; the message lists them and names the remedy.
+def first_rows(dataset: Any, number: int = _ROWS_LOOKED_AT) -> list[dict[str, Any]]:
+    """The first rows of a data set, also of one that comes row by row."""
+    return list(itertools.islice(iter(dataset), number))
+
+
+def check_columns(dataset: Any, name: str, *, needs_teacher: bool = True, needs_context: bool = False) -> set[str]:
+    """The columns of conversations.
+
+    Args:
+        dataset: Conversations; a `Dataset`, an `IterableDataset`, or any other that gives rows.
+        name: The argument's name, for messages.
+        needs_teacher: Whether the rows have to tell what the teacher says: by its targets, or by the `context` that it
+            needs to say it live.
+        needs_context: Whether `context` is needed in any case.
+
+    Raises:
+        ValueError: the data set lacks columns, or rows; the message names the remedy.
     """
-    have = dataset.column_names
+    first = first_rows(dataset, 1)
+    if not first:
+        raise ValueError(f"`{name}` has no rows: pass at least one conversation.")
+    have = set(getattr(dataset, "column_names", None) or first[0])
     missing = [column for column in ("input_ids", "completion_mask") if column not in have]
-    if needs_teacher and "teacher_hidden_states" not in have:
-        top_k = [column for column in ("teacher_top_k_ids", "teacher_top_k_logprobs") if column not in have]
-        missing += ["teacher_hidden_states"] if len(top_k) == 2 else top_k
-    if needs_context and "context" not in have:
+    if needs_teacher and not has_targets(have) and "context" not in have:
+        missing.append("teacher_hidden_states (or teacher_top_k_ids and teacher_top_k_logprobs, or context)")
+    elif needs_context and "context" not in have:
         missing.append("context")
     if missing:
         raise ValueError(
-            f"`{name}` lacks the columns {', '.join(missing)} (it has {', '.join(have)}): pass a "
-            "corpus with a `text` column, or what `SelfStudySynthesizer.synthesize` gives."
+            f"`{name}` lacks the columns {', '.join(missing)} (it has {', '.join(sorted(have))}): pass a corpus with a "
+            "`text` column, or what `SelfStudySynthesizer.synthesize` gives."
         )
-    if not len(dataset):
-        raise ValueError(f"`{name}` has no rows: pass at least one conversation.")
+    return have
 
 
-def check_origin(dataset: Dataset, name: str, model: Any, processing_class: Any) -> None:
+def check_origin(dataset: Any, name: str, model: Any, processing_class: Any) -> None:
     """Whether the data set was made with this model and tokenizer: by what it says of itself, where it says anything,
     and by its rows.
 
@@ -48,15 +63,15 @@ def check_origin(dataset: Dataset, name: str, model: Any, processing_class: Any)
     Raises:
         ValueError: it was made with another model or another tokenizer.
     """
-    origin = read_origin(dataset)
+    origin = read_provenance(dataset)
     made_by = origin.get("model_fingerprint")
     if made_by and origin.get("format") != FORMAT:
         raise ValueError(
             f"`{name}` was made by another version of peft-cartridges (format {origin.get('format')}, this one has "
             f"{FORMAT}), so it cannot be told whether this is its base model: synthesize it anew, or, if you know that "
-            f'it is, set `{name}.info.description = ""`.'
+            f'it is, set `{name}.info.description = ""` and leave out the column `origin`.'
         )
-    if made_by and made_by != TransformersBackend(model, processing_class).fingerprint:
+    if made_by and made_by != model_fingerprint(model):
         raise ValueError(
             f"`{name}` was made with another base model ({origin.get('base_model') or 'unnamed'}, or its weights before "
             f"they were changed) than {getattr(model.config, '_name_or_path', '') or type(model).__name__}, and its "
@@ -70,8 +85,7 @@ def check_origin(dataset: Dataset, name: str, model: Any, processing_class: Any)
         )
     tokenizer = get_tokenizer(processing_class)
     hidden_size = get_text_config(model).hidden_size
-    for number in range(min(_ROWS_LOOKED_AT, len(dataset))):
-        row = dataset[number]
+    for number, row in enumerate(first_rows(dataset)):
         _check_tokens(row, f"{name}[{number}]", tokenizer)
         learned = sum(row["completion_mask"])
         if len(row["input_ids"]) != len(row["completion_mask"]) or not learned or row["completion_mask"][0]:
@@ -86,15 +100,6 @@ def check_origin(dataset: Dataset, name: str, model: Any, processing_class: Any)
                 f"`{name}[{number}]` has {len(states)} numbers of `teacher_hidden_states` for {learned} learned tokens, "
                 f"but the model's hidden size is {hidden_size}: the data set was made with another base model."
             )
-
-
-def read_origin(dataset: Any) -> dict[str, Any]:
-    """What a data set of the synthesizer says it was made from (`run_identity`); empty for others."""
-    try:
-        found = json.loads(dataset.info.description or "{}")
-    except (AttributeError, json.JSONDecodeError):  # a description for people
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 def _check_tokens(row: dict[str, Any], name: str, tokenizer: Any) -> None:

@@ -45,21 +45,23 @@ class GapEvaluation:
         self.batch_size = batch_size
         self._without_context = processing_class if without_context is None else without_context
         self.gold_gap: ContextGap | None = None
-        self._no_context_kl: dict[str, float] = {}
+        self._no_context_kl: dict[Any, tuple[Any, float]] = {}
 
-    def of_conversations(self, key: str, kl: float, without_cartridge: Callable[[], float]) -> dict[str, float]:
+    def of_conversations(self, dataset: Any, kl: float, without_cartridge: Callable[[], float]) -> dict[str, float]:
         """`conversation_gap_closed`: 1 - KL / KL without context. With the chunk in context, which is the teacher, the
         KL is 0.
 
         Args:
-            key: Names the data set.
+            dataset: What was measured; its baseline is kept for the next time.
             kl: Mean KL from the teacher to the model with the cartridge.
             without_cartridge: Measures it for the model without context.
         """
+        key = getattr(dataset, "_fingerprint", None) or id(dataset)
         if key not in self._no_context_kl:
             with self.model.disable_adapter():
-                self._no_context_kl[key] = without_cartridge()
-        baseline = self._no_context_kl[key]
+                # The data set is kept too: another one must not get its id.
+                self._no_context_kl[key] = dataset, without_cartridge()
+        baseline = self._no_context_kl[key][1]
         return {"conversation_gap_closed": ContextGap(baseline, 0.0).closed(kl), "no_context_kl": baseline}
 
     def of_gold_answers(self) -> dict[str, float]:

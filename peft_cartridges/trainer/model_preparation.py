@@ -1,8 +1,11 @@
-"""The model that is trained: loaded by name if need be, with a cartridge."""
+"""The model that is trained: loaded by name if need be, whole, quantized or in shares, with a cartridge."""
 
 from __future__ import annotations
 
 import json
+import logging
+import os
+from dataclasses import replace
 from typing import Any
 
 from peft import PeftModel, get_peft_model
@@ -11,32 +14,80 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 from ..tuner import CartridgeConfig, CartridgeModel
 from .self_study_config import SelfStudyConfig
 
+logger = logging.getLogger(__name__)
 
-def prepare_model(
-    model: Any, args: SelfStudyConfig, processing_class: Any, peft_config: CartridgeConfig | None
-) -> tuple[PeftModel, Any]:
-    """The model with a cartridge, on its device, and its tokenizer or processor.
+
+def check_distribution(args: SelfStudyConfig) -> None:
+    """Raises:
+    ValueError: the processes are to share the work in a way that does not go with a cartridge; before anything is
+        loaded.
+    """
+    shards = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
+    by_accelerate = shards and os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3"
+    own = getattr(args, "hf_deepspeed_config", None)
+    if by_accelerate or (own is not None and own.is_zero3()):
+        raise ValueError(
+            "DeepSpeed's ZeRO-3 is not supported: it takes the weights apart that the teacher, the output head and the "
+            "cartridge read. Use ZeRO-2, or `shard_model=True` (FSDP 2) for a model larger than one device."
+        )
+    if args.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+        raise ValueError(
+            "FSDP by accelerate's configuration (or `fsdp`) is not supported: it shards a model that each process has "
+            "loaded, the cartridge too. Set `shard_model=True` instead, and start the processes without it "
+            "(`accelerate launch --multi_gpu --num_processes N …`)."
+        )
+    if args.shard_model and args.world_size < 2:
+        raise ValueError(
+            "`shard_model=True` needs several processes: start with `accelerate launch --num_processes N …`, or set it "
+            "to False."
+        )
+
+
+def load_base_model(
+    name: str, args: SelfStudyConfig, quantization_config: Any = None, processing_class: Any = None
+) -> tuple[Any, Any]:
+    """A model by name, and its tokenizer.
+
+    Args:
+        name: On the Hub, or a folder.
+        args: `model_init_kwargs` and `shard_model` count.
+        quantization_config: As `from_pretrained` takes it.
+        processing_class: Instead of the tokenizer that is there.
+    """
+    given = args.model_init_kwargs or {}
+    options = {"dtype": "auto", **(json.loads(given) if isinstance(given, str) else given)}
+    if quantization_config is not None:
+        options["quantization_config"] = quantization_config
+    if options.get("quantization_config") is not None:  # such weights cannot be moved afterwards
+        options.setdefault("device_map", {"": args.device})
+    if args.shard_model:
+        options.setdefault("distributed_config", {"fsdp_size": args.world_size})
+        if args.save_strategy != "no" and not args.save_only_model:
+            logger.warning(
+                "`shard_model=True`: checkpoints hold the cartridge and not the optimizer (`save_only_model=True`), "
+                "because transformers resumes no sharded model."
+            )
+            args.save_only_model = True
+    tokenizer_options = {key: options[key] for key in ("revision", "trust_remote_code") if key in options}
+    processing_class = processing_class or AutoTokenizer.from_pretrained(name, **tokenizer_options)
+    return AutoModelForCausalLM.from_pretrained(name, **options), processing_class
+
+
+def add_cartridge(
+    model: Any, args: SelfStudyConfig, peft_config: CartridgeConfig | None, *, begins_at_random: bool
+) -> PeftModel:
+    """The model with a cartridge.
+
+    Args:
+        model: A causal LM, or a PEFT model that has one already.
+        args: `seed` counts.
+        peft_config: The cartridge to make.
+        begins_at_random: Whether nothing will be put into a new cartridge. Its first tokens are then trained as well:
+            frozen noise would be an attention sink for good.
 
     Raises:
-        ValueError: the tokenizer is missing, or the model has no cartridge and none is configured, or has one and
-            another is configured.
+        ValueError: the model has no cartridge and none is configured, or has one and another is configured.
     """
-    if isinstance(model, str):
-        options = args.model_init_kwargs or {}
-        options = json.loads(options) if isinstance(options, str) else options
-        processing_class = processing_class or AutoTokenizer.from_pretrained(model)
-        model = AutoModelForCausalLM.from_pretrained(model, **{"dtype": "auto", **options})
-    if processing_class is None:
-        raise ValueError("`processing_class` is missing: pass the tokenizer of the model.")
-    set_seed(args.seed)  # a cartridge that is not initialized from a text is random
-    model = _with_cartridge(model, peft_config)
-    # Trainer moves the model to its device later than the synthesis needs it there.
-    if getattr(model, "hf_device_map", None) is None:
-        model.to(args.device)
-    return model, processing_class
-
-
-def _with_cartridge(model: Any, peft_config: CartridgeConfig | None) -> PeftModel:
     if isinstance(model, PeftModel):
         if not isinstance(model.base_model, CartridgeModel):
             raise ValueError(
@@ -48,4 +99,16 @@ def _with_cartridge(model: Any, peft_config: CartridgeConfig | None) -> PeftMode
         return model
     if peft_config is None:
         raise ValueError("`peft_config` is missing: pass `CartridgeConfig(num_tokens=…)`, or a model with a cartridge.")
+    if begins_at_random:
+        logger.warning(
+            "The cartridge begins at random, because there is no text to initialize it from: pass `corpus`, or "
+            "conversations with a `context` column. All of its tokens are trained, the first ones too."
+        )
+        peft_config = replace(peft_config, num_frozen_tokens=0)
+    set_seed(args.seed)
     return get_peft_model(model, peft_config)
+
+
+def is_sharded(model: Any) -> bool:
+    """Whether the weights were split over the processes when they were loaded (`shard_model`)."""
+    return bool(getattr(model, "is_distributed_loading_by_transformers", False))

@@ -1,29 +1,34 @@
-"""`SelfStudyConfig`: `transformers.TrainingArguments` with defaults that fit cartridges, and the synthesis settings."""
+"""`SelfStudyConfig`: TRL's trainer settings with defaults that fit cartridges, and the synthesis settings."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import Any
 
-from transformers import TrainingArguments
+from trl.trainer.base_config import _BaseConfig
 
+from ..initialization import list_strategies
+from ..objectives import check_objective
 from ..self_study import SynthesisConfig
-from .objective import LOSS_TYPES
+
+INITIALIZE_FROM_NOTHING = "none"
+VLLM_MODES = ("colocate", "server")
 
 
 @dataclass
-class SelfStudyConfig(SynthesisConfig, TrainingArguments):
+class SelfStudyConfig(SynthesisConfig, _BaseConfig):
     """Settings of `SelfStudyTrainer`: all of `TrainingArguments`, all of `SynthesisConfig`, and those below.
 
-    Defaults that differ from `TrainingArguments`: a learning rate that would wreck weights but that a KV cache needs,
-    Adam's betas as in the paper, no weight decay (it would pull keys and values to zero), and batches of rows of like
-    length. "Paper" is arXiv 2506.06266.
+    Defaults that differ from TRL's: a learning rate that would wreck weights but that a KV cache needs, Adam's betas as
+    in the paper, no weight decay (it would pull keys and values to zero), batches of rows of like length, and neither
+    gradient checkpointing nor mixed precision, which pay where weights are trained. "Paper" is arXiv 2506.06266.
 
     Raises:
         ValueError: a value is out of its range, or two do not go together; the message names them.
     """
 
-    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs"]  # noqa: RUF012 (as in the base)
+    _argument_group_name = "training (of `TrainingArguments`) and synthesis"
+    _VALID_DICT_FIELDS = [*_BaseConfig._VALID_DICT_FIELDS, "model_init_kwargs", "engine_options"]  # noqa: RUF012 (as in the base)
 
     # -- the model and its cartridge -----------------------------------------------------------------------------------
 
@@ -31,10 +36,19 @@ class SelfStudyConfig(SynthesisConfig, TrainingArguments):
         default=None,
         metadata={"help": "Keyword arguments of `from_pretrained`, where `model` is given by name."},
     )
+    shard_model: bool = field(
+        default=False,
+        metadata={
+            "help": "Split the base model's weights over the processes (FSDP 2), for a model larger than one device: "
+            "each process reads only its share. Needs `model` by name, several processes (`accelerate launch`) and "
+            "written conversations, because writing in process needs the whole model."
+        },
+    )
     initialization: str = field(
         default="auto",
         metadata={
-            "help": "How a new cartridge is initialized from the corpus. `most_attended`: each head's tokens that receive "
+            "help": "How a new cartridge is initialized from the corpus (or, where that is not known, from the "
+            "conversations' `context`). `most_attended`: each head's tokens that receive "
             "the most attention when the model recites the corpus. `first_tokens` (paper): its first tokens. `auto`: the "
             "former where the model allows it, because it takes far fewer steps to the same quality. `none` leaves the "
             "cartridge as it is."
@@ -77,6 +91,27 @@ class SelfStudyConfig(SynthesisConfig, TrainingArguments):
         default=False,
         metadata={"help": "Use Liger's fused loss (and its kernels in the model). Needs a CUDA device."},
     )
+    padding_free: bool = field(
+        default=False,
+        metadata={
+            "help": "Lay the rows of a batch end to end instead of padding them to the longest. Saves memory and time "
+            "where lengths differ and the attention implementation knows packed rows (flash attention does)."
+        },
+    )
+    gradient_checkpointing: bool = field(
+        default=False,
+        metadata={
+            "help": "Compute activations again in the backward pass instead of keeping them: less memory, about a third "
+            "more time."
+        },
+    )
+    bf16: bool | None = field(
+        default=False,
+        metadata={
+            "help": "Mixed precision. The frozen model computes in the type that its weights are stored in anyway "
+            "(`dtype=auto`), and the cartridge is kept in float32, so this gains little."
+        },
+    )
 
     # -- on-policy -----------------------------------------------------------------------------------------------------
 
@@ -94,6 +129,35 @@ class SelfStudyConfig(SynthesisConfig, TrainingArguments):
         default=16,
         metadata={"help": "Chunks whose prefix is kept for the teacher in process (memory: that of so many chunks)."},
     )
+    rows_per_chunk: int = field(
+        default=4,
+        metadata={
+            "help": "With live targets (conversations without stored ones), how many rows of a chunk stand together in "
+            "the order of training: its text is read once for them."
+        },
+    )
+
+    # -- the engine that writes conversations (names as in TRL) --------------------------------------------------------
+
+    use_vllm: bool = field(
+        default=False,
+        metadata={
+            "help": "Write conversations with vLLM instead of the model in process: sets `engine` (and `base_url`)."
+        },
+    )
+    vllm_mode: str = field(
+        default="colocate",
+        metadata={
+            "help": "`colocate`: vLLM in this process, on the same device (`engine=vllm`; `engine_options` go to it). "
+            "`server`: one that is running (`engine=openai`). The model in process scores in either case."
+        },
+    )
+    vllm_server_base_url: str | None = field(
+        default=None,
+        metadata={"help": "Of a server, e.g. `http://localhost:8000/v1`; instead of host and port."},
+    )
+    vllm_server_host: str = field(default="0.0.0.0", metadata={"help": "Host of the server (`vllm serve`)."})
+    vllm_server_port: int = field(default=8000, metadata={"help": "Port of the server (`vllm serve`)."})
 
     # -- data ----------------------------------------------------------------------------------------------------------
 
@@ -107,6 +171,21 @@ class SelfStudyConfig(SynthesisConfig, TrainingArguments):
     )
     per_device_train_batch_size: int = field(
         default=16, metadata={"help": "Conversations per step and device (paper: 64 in all)."}
+    )
+    max_steps: int = field(
+        default=-1,
+        metadata={
+            "aliases": ["--steps"],
+            "help": "Optimizer steps; -1 passes over the conversations `num_train_epochs` times. With `cartridges train`, "
+            "0 only initializes the cartridge.",
+        },
+    )
+    num_eval_conversations: int = field(
+        default=0,
+        metadata={
+            "help": "Held-out conversations to evaluate on, written when training starts, where `train_dataset` is a "
+            "corpus and there is no `eval_dataset`."
+        },
     )
     num_train_epochs: float = field(
         default=3.0,
@@ -189,31 +268,44 @@ class SelfStudyConfig(SynthesisConfig, TrainingArguments):
     )
 
     def __post_init__(self) -> None:
+        if self.vllm_mode not in VLLM_MODES:
+            raise ValueError(f"`vllm_mode` must be one of {', '.join(VLLM_MODES)}, got {self.vllm_mode!r}.")
+        if self.use_vllm and self.vllm_mode == "colocate":
+            self.engine = "vllm"
+        elif self.use_vllm:
+            own = f"http://{self.vllm_server_host}:{self.vllm_server_port}/v1"
+            self.engine, self.base_url = "openai", self.base_url or [self.vllm_server_base_url or own]
         SynthesisConfig.__post_init__(self)
-        TrainingArguments.__post_init__(self)
+        _BaseConfig.__post_init__(self)
         if isinstance(self.language, str):  # `language: en` in YAML
             self.language = [self.language]
-        if self.loss_type not in LOSS_TYPES:
-            raise ValueError(f"`loss_type` must be one of {', '.join(LOSS_TYPES)}, got {self.loss_type!r}.")
-        for name in ("loss_chunk_size", "teacher_cache_size"):
+        check_objective(self.loss_type, use_liger=self.use_liger_kernel)
+        if self.initialization not in (known := [*list_strategies(), INITIALIZE_FROM_NOTHING]):
+            raise ValueError(f"`initialization` must be one of {', '.join(known)}, got {self.initialization!r}.")
+        for name in ("loss_chunk_size", "teacher_cache_size", "rows_per_chunk"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
         for name in ("jsd_beta", "on_policy_fraction"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"`{name}` must be between 0 and 1, got {getattr(self, name)}.")
-        for name in ("prompt_loss_weight", "resample_every", "on_policy_temperature"):
+        for name in ("prompt_loss_weight", "resample_every", "on_policy_temperature", "num_eval_conversations"):
             if getattr(self, name) < 0:
                 raise ValueError(f"`{name}` must not be negative, got {getattr(self, name)}.")
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"`ema_decay` must be at least 0 and below 1, got {self.ema_decay}.")
         if self.loss_temperature <= 0:
             raise ValueError(f"`loss_temperature` must be above 0, got {self.loss_temperature}.")
-        if self.loss_type == "cross_entropy" and self.on_policy_fraction:
+        if self.on_policy_fraction and not self.needs_teacher:
             raise ValueError(
-                "`on_policy_fraction` does not go with `loss_type=cross_entropy`, which would teach the model its own "
-                "answers: choose one of the divergences, or set it to 0."
+                f"`on_policy_fraction` does not go with `loss_type={self.loss_type}`, which would teach the model its "
+                "own answers: choose one of the divergences, or set it to 0."
             )
         if self.resample_every and self.max_steps < 1:
             raise ValueError("`resample_every` needs `max_steps`: how many steps there are tells how many rounds.")
         if self.resample_every and self.dataloader_num_workers:
             raise ValueError("`resample_every` needs `dataloader_num_workers=0`: the model writes in this process.")
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether the loss compares with the teacher; otherwise it learns the written tokens."""
+        return check_objective(self.loss_type).needs_teacher

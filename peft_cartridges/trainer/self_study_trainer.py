@@ -2,63 +2,77 @@
 
 from __future__ import annotations
 
-import contextlib
+import sys
 import time
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, cast
 
 import torch
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
+from huggingface_hub import HfApi
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.data import SequentialSampler
 from transformers import PreTrainedModel, TrainerCallback
-from transformers.trainer_utils import EvalLoopOutput
+from transformers.trainer_pt_utils import IterableDatasetShard
+from transformers.trainer_utils import EvalLoopOutput, EvalPrediction
+from transformers.utils.hub import hf_api
+from trl.trainer.base_trainer import _BaseTrainer
 
-from ..chat import get_tokenizer, with_cartridge_chat_template
+from ..chat import ChatCodec, get_tokenizer, with_cartridge_chat_template
 from ..hidden_states import OutputHead, forward_hidden_states
+from ..hub.base_model import identify_base_model
+from ..hub.push import refuse_public
+from ..hub_errors import hub_errors
 from ..initialization import initialize_cartridge
+from ..objectives import Objective
 from ..tuner import CartridgeConfig
-from .conversation_stream import ConversationStream, RoundSampler
-from .corpus_preparation import Corpus, find_hub_datasets, make_codec, prepare_corpus
-from .data_checks import check_columns, check_origin
-from .data_collator import SelfStudyCollator
+from .batches import STATES, TOP_K, EvenRows, EvenStream, SelfStudyCollator, has_targets, keep_rows
+from .cartridge_parameters import MovingAverage, find_broken_parameter, parameter_groups, sample_values
+from .checkpoints import CheckpointWriter
+from .corpus_study import CorpusStudy, find_hub_datasets, text_of_contexts
+from .data_checks import check_columns, check_origin, first_rows
 from .gap_evaluation import GapEvaluation
-from .hub_pushes import PushingTrainer, check_base_name
-from .length_grouped_sampler import LengthGroupedSampler
-from .live_batch import LiveBatches, LiveTeacher
-from .model_card import write_trainer_card
-from .model_preparation import prepare_model
-from .moving_average import MovingAverage
-from .objective import Objective
-from .optimizer_groups import parameter_groups
-from .resources import memory_gib, num_tokens
-from .self_study_config import SelfStudyConfig
+from .live_targets import LiveTargets, LiveTeacher
+from .model_preparation import add_cartridge, check_distribution, is_sharded, load_base_model
+from .pushing import CartridgePusher, check_base_name
+from .rounds import ConversationRounds, RoundOrder
+from .row_order import SeededOrder, by_chunk, by_length, row_lengths
+from .run_card import write_run_card
+from .self_study_config import INITIALIZE_FROM_NOTHING, SelfStudyConfig
 from .training_curve import TrainingCurveCallback
 
-_MIXED = "which hands parts of the model to other devices"
+AnyDataset = Dataset | IterableDataset
+_TRAINED_COLUMNS = ("input_ids", "completion_mask", STATES, *TOP_K)
 
 
-class SelfStudyTrainer(PushingTrainer):
+class SelfStudyTrainer(_BaseTrainer):
     """Trains a cartridge by self-study and context distillation (arXiv 2506.06266): the model with a chunk of the
     corpus in context is the teacher, the same model with the cartridge is the student.
 
     Args:
         model: A causal LM, its name or path, or a PEFT model with a cartridge.
         args: Settings.
-        train_dataset: A corpus (a column `text`, one row a document), which is synthesized first; or what
-            `SelfStudySynthesizer` made.
-        eval_dataset: Held-out conversations, as `SelfStudySynthesizer` makes them. Evaluation always measures the mean
-            forward KL from the teacher on answers, whatever is trained, so that runs can be compared, and
-            `eval_conversation_gap_closed`, the share of the KL without context that is gone.
+        train_dataset: A corpus (a column `text`, one row a document), about which conversations are written when
+            training starts; or conversations, as `SelfStudySynthesizer` makes them. Conversations without the teacher's
+            targets but with their `context` are scored in the training step.
+        eval_dataset: Held-out conversations. Evaluation always measures the mean forward KL from the teacher on answers,
+            whatever is trained, so that runs can be compared, and `eval_conversation_gap_closed`, the share of the KL
+            without context that is gone.
         processing_class: Tokenizer or processor of the model; loaded with it where the model is given by name.
             `trainer.processing_class`, which is saved with the cartridge, is a copy with the chat template for
             conversations behind it (`cartridge_chat_template`), unless `args.default_system_prompt` is set.
-        peft_config: The cartridge to make, where the model has none. It is initialized from the corpus, if it is known.
+        peft_config: The cartridge to make, where the model has none. It is initialized when training starts, from the
+            corpus or, where that is not known, from the conversations' `context`.
+        data_collator: Instead of `SelfStudyCollator`, whose docstring says what a batch is.
+        compute_metrics, preprocess_logits_for_metrics: As in `Trainer`: given the logits `[batch, q_len, vocab_size]` of
+            evaluated conversations and labels `[batch, q_len]`, -100 where nothing is learned.
         callbacks, optimizers: As in `Trainer`.
         gold_questions: Pairs with `question` and `answer` (a list, or a data set with these columns) that training
             does not see: evaluation gives `eval_gold_nll` and, where the corpus is known, `eval_gold_gap_closed`.
-        corpus: The text that the cartridge stands in for, where `train_dataset` is synthesized already.
+        corpus: The text that the cartridge stands in for, where `train_dataset` is conversations.
+        quantization_config: As `from_pretrained` takes it, where the model is given by name.
 
     `eval_gap_closed` is the share on gold answers if it is known and on conversations if not; with
     `metric_for_best_model="gap_closed"` it picks the best checkpoint and stops early (`EarlyStoppingCallback`).
@@ -82,82 +96,95 @@ class SelfStudyTrainer(PushingTrainer):
             `push_to_hub=True`.
     """
 
+    _tag_names = ["cartridge", "self-study"]  # noqa: RUF012 (as in the base)
+    _name = "Self-study"
+    _paper = {  # noqa: RUF012 (as in the base)
+        "title": "Cartridges: Lightweight and general-purpose long context representations via self-study",
+        "id": "2506.06266",
+    }
+    # The loss is a mean over the learned tokens of all accumulated batches, see `get_batch_samples`.
+    loss_is_scaled_for_ga = True
+
     args: SelfStudyConfig
+    push_in_progress: Any
 
     def __init__(
         self,
         model: str | PreTrainedModel | PeftModel,
         args: SelfStudyConfig | None = None,
-        train_dataset: Dataset | None = None,
-        eval_dataset: Dataset | dict[str, Dataset] | None = None,
+        train_dataset: AnyDataset | None = None,
+        eval_dataset: AnyDataset | dict[str, AnyDataset] | None = None,
         processing_class: Any = None,
         peft_config: CartridgeConfig | None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[torch.optim.Optimizer | None, Any] = (None, None),
         *,
+        data_collator: Callable[[list[dict[str, Any]]], dict[str, Any]] | None = None,
+        compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None = None,
+        preprocess_logits_for_metrics: Callable[[Tensor, Tensor], Tensor] | None = None,
         gold_questions: Dataset | Sequence[dict[str, str]] | None = None,
         corpus: str | None = None,
+        quantization_config: Any = None,
     ) -> None:
         args = SelfStudyConfig(output_dir="self-study") if args is None else args
-        is_new = not isinstance(model, PeftModel)
-        model, processing_class = prepare_model(model, args, processing_class, peft_config)
-        without_context = processing_class
+        check_distribution(args)
+        if isinstance(model, str):
+            model, processing_class = load_base_model(model, args, quantization_config, processing_class)
+        elif quantization_config is not None or args.shard_model:
+            name = "quantization_config" if quantization_config is not None else "shard_model"
+            raise ValueError(f"`{name}` counts while a model is loaded: pass `model` by name or path, or leave it out.")
+        if processing_class is None:
+            raise ValueError("`processing_class` is missing: pass the tokenizer of the model.")
+        plain_processing_class = processing_class
         if not args.default_system_prompt:
             processing_class = with_cartridge_chat_template(processing_class)
+
+        self.study = CorpusStudy(train_dataset, args, processing_class) if _is_corpus(train_dataset) else None
+        self.corpus = self.study.text if self.study is not None else corpus
+        self.hub_datasets = find_hub_datasets(train_dataset)
+        is_new = not isinstance(model, PeftModel)
+        # Read now, because what begins at random is not frozen.
+        self._first_text = self.corpus or (None if train_dataset is None else text_of_contexts(train_dataset))
+        if args.initialization == INITIALIZE_FROM_NOTHING:
+            self._first_text = None
+        peft_model = add_cartridge(model, args, peft_config, begins_at_random=self._first_text is None)
         if args.push_to_hub:  # not only when all is done
-            check_base_name(model, args)
-        live = bool(args.on_policy_fraction or args.prompt_loss_weight)
-        needs_teacher = args.loss_type != "cross_entropy"
-        prepared = Corpus(corpus)
-        hub_datasets = find_hub_datasets(train_dataset)
-        checked = _named(eval_dataset)
-        if train_dataset is not None and "text" in train_dataset.column_names:
-            prepared = prepare_corpus(model, args, train_dataset, processing_class, initialize=is_new)
-            train_dataset = prepared.dataset
-        else:
-            if args.resample_every:
-                raise ValueError("`resample_every` needs a corpus with a `text` column as `train_dataset`.")
-            if train_dataset is not None:
-                check_columns(train_dataset, "train_dataset", needs_teacher=needs_teacher, needs_context=live)
-                checked.insert(0, ("train_dataset", train_dataset))
-        for name, dataset in checked:
-            if name != "train_dataset":
-                check_columns(dataset, name)
-            check_origin(dataset, name, model, processing_class)
-        if is_new and corpus is not None and prepared.dataset is None and args.initialization != "none":
-            initialize_cartridge(
-                model, make_codec(model, processing_class, args), text=corpus, strategy=args.initialization
-            )
-        self._gap = GapEvaluation(
-            model,
-            make_codec(model, processing_class, args),
-            None if gold_questions is None else [dict(pair) for pair in gold_questions],
-            prepared.text,
-            batch_size=args.per_device_eval_batch_size,
-            without_context=make_codec(model, without_context, args),
-        )
-        self.corpus = prepared
-        self.corpus.hub_datasets = hub_datasets
-        tokenizer = get_tokenizer(processing_class)
-        self._pad_token_id = pad_token_id = tokenizer.pad_token_id or 0
-        self._average = MovingAverage(model, args.ema_decay) if args.ema_decay else None
-        own: list[TrainerCallback] = [self._average] if self._average else []
-        own += [TrainingCurveCallback()] if args.plot else []
+            check_base_name(peft_model, args)
+        _check_data(train_dataset, eval_dataset, args, peft_model, processing_class, is_corpus=self.study is not None)
+
+        # Gathered by all processes; the card is written by one.
+        self.base_identity = identify_base_model(peft_model) if is_sharded(peft_model) else None
+        # While it holds these values, nothing has been put into the cartridge.
+        self._noise = sample_values(peft_model) if is_new else None
+        self.average = MovingAverage(peft_model, args.ema_decay)
+        self.pusher = CartridgePusher(self)
+        self._checkpoints = CheckpointWriter(self)
+        if isinstance(train_dataset, IterableDataset) and not args.accelerator_config.dispatch_batches:
+            args.accelerator_config.dispatch_batches = False  # batches are of unequal size, so none can be cut apart
+        evaluates_later = bool(gold_questions or (self.study is not None and args.num_eval_conversations))
         super().__init__(
-            model=model,
+            model=peft_model,
             args=args,
             train_dataset=train_dataset,
             # Trainer refuses to evaluate without a data set; gold questions are enough, see `evaluate`.
-            eval_dataset=eval_dataset if eval_dataset is not None or not gold_questions else [],
+            eval_dataset=[] if eval_dataset is None and evaluates_later else eval_dataset,
             processing_class=processing_class,
-            data_collator=SelfStudyCollator(pad_token_id, contexts=live, targets=needs_teacher),
-            callbacks=[*own, *(callbacks or [])],
+            data_collator=data_collator
+            or SelfStudyCollator(get_tokenizer(processing_class).pad_token_id or 0, padding_free=args.padding_free),
+            compute_metrics=compute_metrics,
+            preprocess_logits_for_metrics=preprocess_logits_for_metrics,
+            callbacks=[
+                self.average,
+                self.pusher,
+                *([TrainingCurveCallback()] if args.plot else []),
+                *(callbacks or []),
+            ],
             optimizers=optimizers,
         )
-        self._check_settings()
-        # The loss is a mean over the learned tokens of all accumulated batches, see `get_batch_samples`.
+        # Trainer counts the learned tokens of a step only for a loss that takes their number.
         self.model_accepts_loss_kwargs = True
-        head = OutputHead(model)
+        self._check_settings()
+        head = OutputHead(peft_model)
         self._objective = Objective(
             head,
             args.loss_type,
@@ -167,20 +194,21 @@ class SelfStudyTrainer(PushingTrainer):
             use_liger=args.use_liger_kernel,
         )
         self._measure = Objective(head, "forward_kl", chunk_size=args.loss_chunk_size)
-        self._live = None
-        if live:
-            self._live = LiveBatches(
-                LiveTeacher(model, make_codec(model, processing_class, args), cache_size=args.teacher_cache_size),
-                pad_token_id=pad_token_id,
-                on_policy_fraction=args.on_policy_fraction,
-                prompt_loss_weight=args.prompt_loss_weight,
-                needs_teacher=needs_teacher,
-                max_new_tokens=args.max_answer_tokens,
-                temperature=args.on_policy_temperature,
-                generation_batch_size=args.generation_batch_size,
-            )
-        self._tokens_since_log, self._last_log = 0, time.perf_counter()
+        self._gap = GapEvaluation(
+            peft_model,
+            processing_class,
+            None if gold_questions is None else [dict(pair) for pair in gold_questions],
+            self.corpus,
+            batch_size=args.per_device_eval_batch_size,
+            without_context=plain_processing_class,
+        )
+        self.codec = ChatCodec(peft_model, processing_class, args.chat_template_kwargs, thoughts=args.thoughts)
+        self._live: LiveTargets | None = None
+        self._tokens_since_log, self._last_log = torch.zeros((), dtype=torch.long), time.perf_counter()
         self._measured = torch.zeros(2, dtype=torch.float64, device=args.device)  # sum of KL, number of tokens
+
+    def _send_telemetry(self) -> None:
+        """TRL counts the uses of its own trainers; this one is none of them."""
 
     def _check_settings(self) -> None:
         args, dataset = self.args, self.train_dataset
@@ -188,62 +216,182 @@ class SelfStudyTrainer(PushingTrainer):
             raise ValueError(
                 f"`use_liger_kernel=True` needs a CUDA device, this is {args.device.type}: set it to False."
             )
-        stored = isinstance(dataset, Dataset) and "teacher_hidden_states" not in dataset.column_names
-        if stored and args.loss_temperature != 1 and args.loss_type != "cross_entropy":
+        if args.resample_every and self.study is None:
+            raise ValueError("`resample_every` needs a corpus with a `text` column as `train_dataset`.")
+        if args.loss_temperature != 1 and args.needs_teacher and self.study is None and dataset is not None:
+            columns = set(first_rows(dataset, 1)[0])
+            if has_targets(columns) and STATES not in columns:
+                raise ValueError(
+                    f"`loss_temperature={args.loss_temperature}` needs `teacher_hidden_states`: what a temperature makes "
+                    "of top-k targets is unknown. Set it to 1, or synthesize with `teacher_targets=hidden_states`."
+                )
+        sharded = "`shard_model`" if is_sharded(self.model) else "DeepSpeed" if self.is_deepspeed_enabled else None
+        if sharded is None:
+            return
+        remedy = "split the weights or their states, while each process would be at another place of the model"
+        for name in ("on_policy_fraction", "prompt_loss_weight", *(["ema_decay"] if sharded == "DeepSpeed" else [])):
+            if getattr(args, name):
+                raise ValueError(f"`{name}` does not go with {sharded}: {remedy}. Use DDP, or set it to 0.")
+        if sharded == "`shard_model`" and (self.study is not None or self._is_live(dataset)):
             raise ValueError(
-                f"`loss_temperature={args.loss_temperature}` needs `teacher_hidden_states`: what a temperature makes of "
-                "top-k targets is unknown. Set it to 1, or synthesize with `teacher_targets=hidden_states`."
+                "`shard_model=True` needs conversations with the teacher's targets as `train_dataset`: writing and "
+                "scoring them needs the whole model in each process. Make them first with `cartridges synthesize`."
             )
-        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
-        for name in ("on_policy_fraction", "prompt_loss_weight", "ema_decay"):
-            if sharded and getattr(args, name):
-                raise ValueError(f"`{name}` does not go with FSDP or DeepSpeed, {_MIXED}: use DDP, or set it to 0.")
+
+    # -- before training -------------------------------------------------------------------------------------------------
+
+    def initialize_cartridge(self) -> None:
+        """Puts keys and values of the text into a new cartridge, unless something has been put there already. `train`,
+        `evaluate` and `save_model` do it first; call it to look at the cartridge before."""
+        noise, self._noise = self._noise, None
+        if self._first_text is None or noise is None or noise != sample_values(self.model):
+            return
+        self._place_model()
+        self._say(f"Initializing the cartridge ({self.args.initialization}) …")
+        initialize_cartridge(
+            cast(PeftModel, self.model),
+            self.codec,
+            text=self._first_text,
+            strategy=self.args.initialization,
+        )
+        self.average.restart()
+
+    def write_conversations(self) -> None:
+        """Writes the conversations about a corpus, once, or takes up what is there of them; `train` does it first. What
+        came of it goes to the callbacks and trackers as `synthesis/…`."""
+        if self.study is None or self.study.is_written:
+            return
+        self._place_model()
+        if self.args.num_eval_conversations and not self.eval_dataset:
+            self.eval_dataset = self.study.write_held_out(cast(PeftModel, self.model))
+        start = time.perf_counter()
+        self.train_dataset = self.study.write(cast(PeftModel, self.model))
+        if isinstance(self.train_dataset, Dataset):
+            seconds = time.perf_counter() - start
+            self.log({"synthesis/conversations": len(self.train_dataset), "synthesis/seconds": round(seconds, 1)})
+
+    def _place_model(self) -> None:
+        """`Trainer` leaves the placing to DeepSpeed, which does it only when training is on."""
+        if self.is_deepspeed_enabled:
+            cast(Any, self.model).to(self.args.device)
+
+    def _say(self, message: str) -> None:
+        if not self.args.disable_tqdm and self.is_world_process_zero():
+            print(message, file=sys.stderr, flush=True)
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As `Trainer.train`, with the initialization of the cartridge and the writing of conversations first; with
+        `ema_decay` the model holds the average afterwards.
+
+        Raises:
+            TrainingDivergedError: the loss or a gradient is NaN or infinite.
+        """
+        if resume_from_checkpoint:  # it brings its cartridge along
+            self._noise = None
+        self.initialize_cartridge()
+        self.write_conversations()
+        self._last_log = time.perf_counter()
+        output = super().train(resume_from_checkpoint, *args, **kwargs)
+        self.average.apply()
+        return output
 
     # -- batches -----------------------------------------------------------------------------------------------------
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         dataset: Any = self.train_dataset if train_dataset is None else train_dataset
-        if isinstance(dataset, ConversationStream):
-            return RoundSampler(dataset, self._data_seed)
-        strategy = self.args.train_sampling_strategy
-        if strategy not in ("group_by_length", "random") or not hasattr(dataset, "__len__"):
+        args, strategy = self.args, self.args.train_sampling_strategy
+        if isinstance(dataset, ConversationRounds):
+            return RoundOrder(dataset, self._data_seed)
+        if strategy not in ("group_by_length", "random") or not isinstance(dataset, Dataset):
             return super()._get_train_sampler(train_dataset)
-        steps_batch = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
-        lengths = [len(ids) for ids in dataset["input_ids"]]
-        return LengthGroupedSampler(lengths, steps_batch, self._data_seed, group=strategy == "group_by_length")
-
-    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
-        # Evaluation wants the teacher's targets, whatever is trained, and never writes answers.
-        collator, self.data_collator = self.data_collator, SelfStudyCollator(self._pad_token_id)
-        try:
-            return super().get_eval_dataloader(eval_dataset)
-        finally:
-            self.data_collator = collator
+        arrange = None
+        if strategy == "group_by_length" and self._is_live(dataset):
+            name = "chunk_id" if "chunk_id" in dataset.column_names else "context"
+            arrange = by_chunk(list(dataset[name]), args.rows_per_chunk)
+        elif strategy == "group_by_length":
+            per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+            arrange = by_length(row_lengths(dataset), per_step)
+        return SeededOrder(len(dataset), self._data_seed, arrange)
 
     def _get_eval_sampler(self, eval_dataset: Any) -> Any:
         return SequentialSampler(eval_dataset)
+
+    def _get_dataloader(
+        self,
+        dataset: Any,
+        description: str,
+        batch_size: int,
+        sampler_fn: Any = None,
+        is_training: bool = False,
+        dataloader_key: str | None = None,
+    ) -> Any:
+        """As `Trainer._get_dataloader`, for training, evaluation and prediction alike. Rows that need the teacher come as
+        they are; see `get_batch_samples` and `prediction_step`."""
+        collator = self.data_collator
+        finished_later = self._is_live(dataset, is_training=is_training)
+        if isinstance(dataset, Dataset) and isinstance(collator, SelfStudyCollator) and not finished_later:
+            wanted = _TRAINED_COLUMNS if self.args.needs_teacher or not is_training else _TRAINED_COLUMNS[:2]
+            dataset = dataset.select_columns([name for name in wanted if name in dataset.column_names])
+        if not is_training:
+            of_all = batch_size * self.args.world_size
+            dataset = EvenRows(dataset, of_all) if hasattr(dataset, "__len__") else EvenStream(dataset, of_all)
+        self.data_collator = keep_rows if finished_later else collator
+        try:
+            return super()._get_dataloader(dataset, description, batch_size, sampler_fn, is_training, dataloader_key)
+        finally:
+            self.data_collator = collator
 
     @property
     def _data_seed(self) -> int:
         return self.args.seed if self.args.data_seed is None else self.args.data_seed
 
+    def _is_live(self, dataset: Any, *, is_training: bool = True) -> bool:
+        """Whether rows of the data set are finished in the step."""
+        args = self.args
+        if dataset is None or (is_training and (args.on_policy_fraction or args.prompt_loss_weight)):
+            return dataset is not None
+        if is_training and not args.needs_teacher:
+            return False
+        if isinstance(dataset, ConversationRounds):
+            return args.teacher_targets == "live"
+        columns = getattr(dataset, "column_names", None) or next(iter(first_rows(dataset, 1)), {})
+        return not has_targets(columns)
+
+    @property
+    def live_targets(self) -> LiveTargets:
+        """What finishes rows in the step; made when it is first needed."""
+        if self._live is None:
+            args = self.args
+            self._live = LiveTargets(
+                LiveTeacher(cast(PeftModel, self.model), self.codec, cache_size=args.teacher_cache_size),
+                on_policy_fraction=args.on_policy_fraction,
+                prompt_loss_weight=args.prompt_loss_weight,
+                needs_teacher=args.needs_teacher,
+                max_new_tokens=args.max_answer_tokens,
+                temperature=args.on_policy_temperature,
+                generation_batch_size=args.generation_batch_size,
+            )
+        return self._live
+
     def get_batch_samples(
         self, epoch_iterator: Any, num_batches: int, device: torch.device
     ) -> tuple[list[Any], Tensor | int | None]:
-        """The batches of a step, live answers written, and the weight of all their learned tokens."""
+        """The batches of a step, finished, and the weight of all their learned tokens."""
         batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
-        if self._live is None:
+        if not batches or "rows" not in batches[0]:
             return batches, count
         step, process = self.state.global_step, self.args.process_index
-        seeds = [f"{self._data_seed}/{step}/{process}/{number}" for number in range(len(batches))]
-        batches = [self._live(batch, seed) for batch, seed in zip(batches, seeds, strict=True)]
+        finished = []
+        for number, batch in enumerate(batches):
+            rows = self.live_targets.for_training(batch["rows"], f"{self._data_seed}/{step}/{process}/{number}")
+            finished.append(self._prepare_inputs(self.data_collator(rows)))
         if not self.args.prompt_loss_weight:
-            return batches, self._get_num_items_in_batch(batches, device)
-        total = sum(batch["loss_weights"][:, 1:][batch["labels"][:, 1:] != -100].sum() for batch in batches)
+            return finished, self._get_num_items_in_batch(finished, device)
+        total = sum(batch["loss_weights"][:, 1:][batch["labels"][:, 1:] != -100].sum() for batch in finished)
         total = torch.as_tensor(total, device=device)
         if self.args.average_tokens_across_devices and self.args.world_size > 1:
             total = self.accelerator.gather(total).sum()
-        return batches, total
+        return finished, total
 
     def compute_loss(
         self,
@@ -253,19 +401,32 @@ class SelfStudyTrainer(PushingTrainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """The mean of `loss_type` (in evaluation: of the KL from the teacher) over the learned tokens, in nats."""
-        objective = self._objective if model.training else self._measure
-        loss = objective(forward_hidden_states(model, input_ids=inputs["input_ids"]), inputs)
+        given = {name: inputs[name] for name in ("input_ids", "position_ids", "attention_mask") if name in inputs}
+        hidden = forward_hidden_states(model, **given)
+        loss = (self._objective if model.training else self._measure)(hidden, inputs)
+        learned = inputs["labels"][:, 1:] != -100
         if model.training:
-            self._tokens_since_log += num_tokens(inputs["labels"])
+            self._tokens_since_log = self._tokens_since_log.to(learned.device) + _num_tokens(inputs["labels"])
         else:
-            self._measured += torch.stack([loss.detach().double(), (inputs["labels"][:, 1:] != -100).sum()])
+            self._measured += torch.stack([loss.detach().double(), learned.sum()])
         if num_items_in_batch is None:
-            loss = loss / (inputs["labels"][:, 1:] != -100).sum()
+            loss = loss / learned.sum().clamp_min(1)
         else:
             loss = loss / num_items_in_batch
             if self.args.average_tokens_across_devices:
                 loss = loss * self.accelerator.num_processes
-        return (loss, {"loss": loss}) if return_outputs else loss
+        return (loss, {"loss": loss, "hidden_states": hidden}) if return_outputs else loss
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        """As `Trainer.training_step`.
+
+        Raises:
+            TrainingDivergedError: the loss is NaN or infinite.
+        """
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if not torch.isfinite(loss).all():
+            raise self._checkpoints.diverged(f"the loss is {loss.item()}")
+        return loss
 
     # -- optimization ------------------------------------------------------------------------------------------------
 
@@ -274,61 +435,53 @@ class SelfStudyTrainer(PushingTrainer):
         args = self.args
         if self.optimizer is None and (args.key_learning_rate is not None or args.value_learning_rate is not None):
             trained: Any = self.model if model is None else model
-            groups = parameter_groups(
-                trained,
-                key_learning_rate=args.key_learning_rate,
-                value_learning_rate=args.value_learning_rate,
-                weight_decay=args.weight_decay,
-            )
+            rates = {"kv_prefix_key": args.key_learning_rate, "kv_prefix_value": args.value_learning_rate}
             optimizer_class, options = self.get_optimizer_cls_and_kwargs(args, trained)
+            groups = parameter_groups(trained, rates, weight_decay=args.weight_decay)
             self.optimizer = optimizer_class(groups, **options)
         return super().create_optimizer(model)
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        """As `Trainer.train`; with `ema_decay` the model holds the average afterwards.
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        # With fp16, the gradient scaler skips such a step and goes on with a smaller scale.
+        if norm is not None and self.accelerator.scaler is None and not torch.isfinite(torch.as_tensor(norm)).all():
+            raise self._checkpoints.diverged(f"the norm of the gradient is {float(norm)}")
+        return norm
 
-        Raises:
-            TrainingDivergedError: the loss or a gradient is NaN or infinite.
-        """
-        self._last_log = time.perf_counter()
-        output = super().train(*args, **kwargs)
-        if self._average is not None:
-            self._average.apply()
-        return output
+    # -- checkpoints: whole or not at all, of the average ----------------------------------------------------------------
 
-    # -- the average is what is evaluated and saved --------------------------------------------------------------------
+    def _get_output_dir(self, trial: Any) -> str:
+        return self._checkpoints.folder(super()._get_output_dir(trial))
 
-    def _averaged(self) -> contextlib.AbstractContextManager[None]:
-        return contextlib.nullcontext() if self._average is None else self._average.applied()
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        if broken := find_broken_parameter(self.model):
+            raise self._checkpoints.diverged(f"`{broken}` holds NaN or infinite values")
+        save = super()._save_checkpoint
+        self._checkpoints.write(self._get_output_dir(trial), lambda: save(model, trial), self.average.save)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        with self._averaged():
+        with self.average.applied():
             super()._save(output_dir, state_dict)
-
-    def _save_more(self, folder: str) -> None:
-        if self._average is not None and self.args.should_save:
-            self._average.save(folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
-        if self._average is not None:
-            self._average.load(resume_from_checkpoint)
+        self.average.load(resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
         super()._load_best_model()
-        if self._average is not None:
-            self._average.restart()
+        self.average.restart()
 
     # -- evaluation --------------------------------------------------------------------------------------------------
 
     def evaluate(
         self,
-        eval_dataset: Dataset | dict[str, Dataset] | None = None,
+        eval_dataset: AnyDataset | dict[str, AnyDataset] | None = None,
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
         """As `Trainer.evaluate`, with the shares of the gap closed; works with `gold_questions` alone too."""
-        with self._averaged():
+        self.initialize_cartridge()
+        with self.average.applied():
             if eval_dataset is not None or self.eval_dataset:
                 return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
             metrics = self._with_gap({}, metric_key_prefix)
@@ -344,27 +497,37 @@ class SelfStudyTrainer(PushingTrainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
-        def measure() -> EvalLoopOutput:
+        loop = super().evaluation_loop
+
+        def measure(loss_only: bool | None) -> tuple[EvalLoopOutput, float]:
             self._measured.zero_()
-            return super(SelfStudyTrainer, self).evaluation_loop(
-                dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
-            )
+            output = loop(dataloader, description, loss_only, ignore_keys, metric_key_prefix)
+            total, count = self.accelerator.reduce(self._measured).tolist()
+            return output, total / count
 
-        output = measure()
+        output, kl = measure(prediction_loss_only)
         # Trainer's loss is a mean of means over batches; a mean over tokens does not depend on who shares a batch.
-        metrics = {**(output.metrics or {}), f"{metric_key_prefix}_loss": self._mean_kl()}
-
-        def without_cartridge() -> float:
-            measure()
-            return self._mean_kl()
-
-        found = self._gap.of_conversations(metric_key_prefix, metrics[f"{metric_key_prefix}_loss"], without_cartridge)
+        metrics = {**(output.metrics or {}), f"{metric_key_prefix}_loss": kl}
+        found = self._gap.of_conversations(_source(dataloader.dataset), kl, lambda: measure(True)[1])
         metrics |= {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
         return output._replace(metrics=self._with_gap(metrics, metric_key_prefix))
 
-    def _mean_kl(self) -> float:
-        total, count = self.accelerator.reduce(self._measured).tolist()
-        return total / count
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """The mean KL of a batch and, if they are wanted, its logits `[batch, q_len, vocab_size]` and labels."""
+        if "rows" in inputs:
+            inputs = self.data_collator(self.live_targets.for_evaluation(inputs["rows"]))
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
+            if prediction_loss_only:
+                return loss, None, None
+            return loss, self._measure.head(outputs["hidden_states"]), inputs["labels"]
 
     def _with_gap(self, metrics: dict[str, float], prefix: str) -> dict[str, float]:
         """With what gold answers say, and the one share that a run goes by."""
@@ -375,32 +538,169 @@ class SelfStudyTrainer(PushingTrainer):
                 metrics.setdefault(f"{prefix}_gap_closed", metrics[f"{prefix}_{name}"])
         return metrics
 
-    # -- what is shown -----------------------------------------------------------------------------------------------
+    # -- what is shown, saved and pushed ---------------------------------------------------------------------------------
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As `Trainer.log`; training steps also with tokens per second (all processes), memory and, where it is what is
         minimized, the KL by its name."""
         if "loss" in logs:
             now = time.perf_counter()
-            logs["tokens_per_second"] = self._tokens_since_log * self.args.world_size / (now - self._last_log)
-            logs["memory_gib"] = memory_gib(self.args.device)
+            logs["tokens_per_second"] = self._tokens_since_log.item() * self.args.world_size / (now - self._last_log)
+            logs["memory_gib"] = _memory_gib(self.args.device)
             if self.args.loss_type == "forward_kl" and self.args.loss_temperature == 1:
                 logs["kl"] = logs["loss"]
-            self._tokens_since_log, self._last_log = 0, now
+            self._tokens_since_log, self._last_log = torch.zeros((), dtype=torch.long), now
         super().log(logs, start_time)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As `Trainer.save_model`, with the cartridge's model card."""
+        self.initialize_cartridge()
         super().save_model(output_dir, _internal_call=True)
         if not _internal_call:
-            write_trainer_card(self, output_dir or self.args.output_dir or ".")
+            write_run_card(self, output_dir or self.args.output_dir or ".")
             if self.args.push_to_hub:
                 self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """As `Trainer.init_hf_repo`.
 
-def _named(dataset: Dataset | dict[str, Dataset] | None) -> list[tuple[str, Dataset]]:
+        Raises:
+            HubError: the Hub refuses it, or the repository was to be private and is public already.
+        """
+        name = self.args.hub_model_id or Path(self.args.output_dir or ".").absolute().name
+        with hub_errors(name, None):
+            super().init_hf_repo(token=token, private=private)
+            if self.is_world_process_zero() and (self.args.hub_private_repo if private is None else private):
+                refuse_public(cast(str, self.hub_model_id), HfApi(token=token or self.args.hub_token))
+
+    def create_model_card(  # type: ignore[override]
+        self,
+        language: str | list[str] | None = None,
+        license: str | None = None,
+        tags: str | list[str] | None = None,
+        model_name: str | None = None,
+        finetuned_from: str | None = None,
+        dataset: str | list[str] | None = None,
+        dataset_name: str | list[str] | None = None,
+    ) -> None:
+        """Writes the cartridge's model card into `output_dir`.
+
+        Args:
+            language, license, finetuned_from: Instead of those in `args`.
+            tags: Further tags.
+            model_name: The card's heading.
+            dataset, dataset_name: Data sets on the Hub that it was made from (the names of `Trainer` and of TRL).
+        """
+        changes = {
+            "language": _as_list(language),
+            "license": license,
+            "tags": _as_list(tags),
+            "title": model_name,
+            "base_model": finetuned_from,
+            "datasets": _as_list(dataset or dataset_name),
+        }
+        write_run_card(self, self.args.output_dir or ".", **{name: value for name, value in changes.items() if value})
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """As `Trainer.push_to_hub`, but uploads only the cartridge, its card with figures, and the tokenizer.
+
+        Args:
+            commit_message, blocking, token, revision, private: As in `Trainer.push_to_hub`.
+            kwargs: Of `create_model_card`.
+
+        Returns:
+            The commit; a future of it with `blocking=False`; None in processes other than the main one.
+
+        Raises:
+            ValueError: the base model has no name on the Hub.
+            HubError: the Hub refuses it or cannot be reached. The cartridge is in `output_dir` then.
+        """
+        model = self.accelerator.unwrap_model(self.model)
+        base_model = check_base_name(model, self.args, kwargs.get("finetuned_from"))
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        if self.hub_model_id is None:
+            self.init_hf_repo(token=token, private=private)
+        self.save_model(_internal_call=True)
+        if not self.is_world_process_zero():
+            return None
+        self.create_model_card(**kwargs)
+        self._finish_current_push()
+
+        def push() -> Any:
+            return self.pusher.push(
+                Path(self.args.output_dir or "."),
+                base_model=base_model,
+                commit_message=commit_message or "End of training",
+                token=token,
+                revision=revision,
+                private=private,
+            )
+
+        return push() if blocking else hf_api().run_as_future(push)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """`CartridgePusher.on_save` does it, when the checkpoint is complete."""
+
+
+def _is_corpus(dataset: Any) -> bool:
     if dataset is None:
-        return []
-    if isinstance(dataset, dict):
-        return [(f"eval_dataset[{name!r}]", part) for name, part in dataset.items()]
-    return [("eval_dataset", dataset)]
+        return False
+    columns = getattr(dataset, "column_names", None) or next(iter(first_rows(dataset, 1)), {})
+    return "text" in columns and "input_ids" not in columns
+
+
+def _check_data(
+    train_dataset: Any, eval_dataset: Any, args: SelfStudyConfig, model: PeftModel, processing_class: Any, *,
+    is_corpus: bool,
+) -> None:  # fmt: skip
+    """Whether conversations have their columns and belong to the model."""
+    named: dict[str, Any] = {}
+    if isinstance(eval_dataset, dict):
+        named = {f"eval_dataset[{name!r}]": part for name, part in eval_dataset.items()}
+    elif eval_dataset is not None:
+        named = {"eval_dataset": eval_dataset}
+    for name, dataset in named.items():
+        check_columns(dataset, name)
+    if train_dataset is not None and not is_corpus:
+        live = bool(args.on_policy_fraction or (args.prompt_loss_weight and args.needs_teacher))
+        check_columns(train_dataset, "train_dataset", needs_teacher=args.needs_teacher, needs_context=live)
+        named["train_dataset"] = train_dataset
+    for name, dataset in named.items():
+        check_origin(dataset, name, model, processing_class)
+
+
+def _source(dataset: Any) -> Any:
+    """The data set that a data loader's rows come from."""
+    while isinstance(dataset, EvenRows | EvenStream | IterableDatasetShard):
+        dataset = dataset.dataset
+    return dataset
+
+
+def _num_tokens(labels: Tensor) -> Tensor:
+    """Tokens of a batch without its padding: up to the last learned token of each row of `labels` `[batch, q_len]`."""
+    positions = torch.arange(1, labels.shape[1] + 1, device=labels.device)
+    return ((labels != -100) * positions).amax(1).sum()
+
+
+def _memory_gib(device: torch.device) -> float:
+    """Most memory used so far, in GiB: of the GPU where the training is on one, otherwise of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    try:
+        import resource
+    except ImportError:  # Windows
+        return float("nan")
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**30 if sys.platform == "darwin" else 2**20)
+
+
+def _as_list(value: str | list[str] | None) -> list[str] | None:
+    return [value] if isinstance(value, str) else value

@@ -11,8 +11,11 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from tests.tiny_models import tiny_model
+from tests.trainer.scripts.sharded_run import prepare
 from tests.trainer.small_runs import GOLD, TEXT, TOKENIZER
 
 ROOT = Path(__file__).parents[2]
@@ -121,3 +124,27 @@ def test_steps_on_a_sharded_model_are_those_of_the_whole() -> None:
     )  # fmt: skip
     assert result.returncode == 0, result.stderr[-3000:]
     assert result.stdout.count("sharded steps agree") == 2
+
+
+def test_a_model_split_over_processes_is_trained_without_being_whole_in_any(tmp_path: Path) -> None:
+    num_bytes = prepare(tmp_path / "model")
+    script = ["tests/trainer/scripts/sharded_run.py", str(tmp_path)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    found = []
+    for launcher in ([], ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]):
+        result = subprocess.run(
+            [sys.executable, *launcher, *script], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240
+        )
+        assert result.returncode == 0, result.stderr[-3000:]
+        found.append([json.loads(line) for line in result.stdout.splitlines() if line.startswith('{"losses"')])
+    ((whole,), shares) = found
+    assert len(shares) == 2
+    for share in shares:
+        for name in ("losses", "kl", "gold"):
+            assert share[name] == pytest.approx(whole[name], rel=1e-4), name
+        assert share["grown"] < 0.75 * num_bytes < whole["grown"]
+    files = [load_file(tmp_path / name / "adapter_model.safetensors") for name in ("of-1", "of-2", "of-2/checkpoint-2")]
+    torch.testing.assert_close(files[0], files[1], atol=1e-4, rtol=1e-4)
+    assert set(files[2]) == set(files[0])
+    cards = [json.loads((tmp_path / name / "cartridge.json").read_text()) for name in ("of-1", "of-2")]
+    assert cards[0]["base_identity"]["weights_sha256"] == cards[1]["base_identity"]["weights_sha256"]

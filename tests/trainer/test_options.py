@@ -34,6 +34,7 @@ def test_every_loss_comes_down(tmp_path: Path, conversations: Dataset, loss_type
 
 def test_keys_and_values_learn_at_rates_of_their_own(tmp_path: Path, conversations: Dataset) -> None:
     trainer = make_trainer(tmp_path, dataset=conversations, key_learning_rate=0.0, value_learning_rate=0.5, max_steps=2)
+    trainer.initialize_cartridge()
     before = trainer.model.get_kv_prefix()
     trainer.train()
     after = trainer.model.get_kv_prefix()
@@ -45,6 +46,7 @@ def test_the_average_is_what_is_evaluated_saved_and_left(tmp_path: Path, convers
     trainer = make_trainer(
         tmp_path, dataset=conversations, ema_decay=0.5, max_steps=3, arguments={"eval_dataset": conversations}
     )
+    trainer.initialize_cartridge()
     layer = trainer.model.base_model.cartridge_layers()[0]
     seen = [layer.kv_prefix_value["default"].detach().clone()]
     step = trainer.callback_handler.on_optimizer_step
@@ -134,7 +136,7 @@ def test_logs_tell_speed_memory_and_kl(tmp_path: Path, conversations: Dataset) -
 
 def test_plot_and_model_card(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    arguments = {"gold_questions": GOLD, "eval_dataset": make_conversations(seed=1)}
+    arguments = {"gold_questions": GOLD, "eval_dataset": make_conversations(synthesis_seed=1)}
     trainer = make_trainer(tmp_path, plot=True, eval_strategy="steps", eval_steps=2, arguments=arguments)
     trainer.train()
     trainer.save_model()
@@ -149,15 +151,15 @@ def test_plot_and_model_card(tmp_path: Path) -> None:
 
 
 def test_conversations_are_kept_and_never_uploaded(tmp_path: Path) -> None:
-    make_trainer(tmp_path)
+    make_trainer(tmp_path).write_conversations()
     kept = [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()]
     assert kept
     # The patterns with which `Trainer.push_to_hub` uploads `output_dir`.
     assert not list(filter_repo_objects(kept, ignore_patterns=["_*", "checkpoint-*"]))
     written = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.parquet")}
-    make_trainer(tmp_path)
+    make_trainer(tmp_path).write_conversations()
     assert written == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.parquet")}
-    make_trainer(tmp_path, num_conversations=8)  # other settings, another folder
+    make_trainer(tmp_path, num_conversations=8).write_conversations()  # other settings, another folder
 
 
 # -- conversations on the fly ------------------------------------------------------------------------------------------
@@ -249,7 +251,7 @@ def test_a_data_set_of_another_base_model_is_refused(tmp_path: Path, conversatio
         make_trainer(tmp_path, tiny_model(seed=1), conversations)
     wide = tiny_model(hidden_size=64)
     with pytest.raises(ValueError, match=r"`train_dataset\[0\]` .* hidden size is 64: .* another base model"):
-        make_trainer(tmp_path, wide, _undescribed(conversations))
+        make_trainer(tmp_path, wide, _undescribed(conversations).remove_columns("origin"))
 
 
 def test_a_data_set_of_the_same_model_in_another_dtype_is_taken(tmp_path: Path, conversations: Dataset) -> None:
@@ -261,11 +263,11 @@ def test_a_data_set_whose_fingerprint_cannot_be_compared_is_refused(tmp_path: Pa
     told = _undescribed(conversations)
     told.info.description = json.dumps({**json.loads(conversations.info.description), "format": 1})
     with pytest.raises(
-        ValueError, match=r"`train_dataset` was made by another version .* \(format 1, this one has 2\)"
+        ValueError, match=r"`train_dataset` was made by another version .* \(format 1, this one has 3\)"
     ):
         make_trainer(tmp_path, dataset=told)
     told.info.description = ""  # the remedy that the message names
-    make_trainer(tmp_path, dataset=told)
+    make_trainer(tmp_path, dataset=told.remove_columns("origin"))
 
 
 def test_a_data_set_of_another_tokenizer_is_refused(tmp_path: Path, conversations: Dataset) -> None:
@@ -276,7 +278,7 @@ def test_a_data_set_of_another_tokenizer_is_refused(tmp_path: Path, conversation
     with pytest.raises(ValueError, match="the tokenizer only 128 tokens"):
         make_trainer(tmp_path, dataset=_undescribed(beyond))
     told = _undescribed(conversations)
-    told.info.description = json.dumps({"tokenizer_fingerprint": "0" * 64})
+    told.info.description = json.dumps({"format": 3, "model_fingerprint": "", "tokenizer_fingerprint": "0" * 64})
     with pytest.raises(ValueError, match="`eval_dataset` was made with another tokenizer or chat template"):
         make_trainer(tmp_path, dataset=conversations, arguments={"eval_dataset": told})
 
@@ -284,7 +286,7 @@ def test_a_data_set_of_another_tokenizer_is_refused(tmp_path: Path, conversation
 def test_an_eval_set_without_targets_is_refused_even_where_training_needs_none(
     tmp_path: Path, conversations: Dataset
 ) -> None:
-    bare = conversations.remove_columns("teacher_hidden_states")
+    bare = conversations.remove_columns(["teacher_hidden_states", "context"])
     with pytest.raises(ValueError, match="`eval_dataset` lacks the columns teacher_hidden_states"):
         make_trainer(tmp_path, dataset=bare, loss_type="cross_entropy", arguments={"eval_dataset": bare})
     make_trainer(
@@ -303,8 +305,10 @@ def test_rows_that_make_no_sense_are_refused(tmp_path: Path, conversations: Data
 def test_a_cartridge_is_initialized_from_the_corpus_beside_conversations(
     tmp_path: Path, conversations: Dataset
 ) -> None:
-    given = make_trainer(tmp_path, dataset=conversations, arguments={"corpus": TEXT}).model.get_kv_prefix()
-    from_corpus = make_trainer(tmp_path).model.get_kv_prefix()
+    trainers = make_trainer(tmp_path, dataset=conversations, arguments={"corpus": TEXT}), make_trainer(tmp_path)
+    for trainer in trainers:
+        trainer.initialize_cartridge()
+    given, from_corpus = (trainer.model.get_kv_prefix() for trainer in trainers)
     assert torch.equal(given.keys[0], from_corpus.keys[0])
     assert math.isfinite(given.keys[0].sum())
 

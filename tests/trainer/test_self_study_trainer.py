@@ -21,6 +21,7 @@ def conversations() -> Dataset:
 
 def test_a_corpus_becomes_a_trained_cartridge(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, max_steps=12)
+    trainer.initialize_cartridge()
     before = trainer.model.get_kv_prefix()
     base = tiny_model().state_dict()
     trainer.train()
@@ -114,7 +115,7 @@ def test_bad_input_names_the_argument_and_the_remedy(tmp_path: Path, conversatio
     with pytest.raises(ValueError, match="already: leave `peft_config` out"):
         ready = get_peft_model(tiny_model(), config)
         SelfStudyTrainer(ready, args, conversations, processing_class=TOKENIZER, peft_config=config)
-    without = conversations.remove_columns("teacher_hidden_states")
+    without = conversations.remove_columns(["teacher_hidden_states", "context"])
     with pytest.raises(ValueError, match="`train_dataset` lacks the columns teacher_hidden_states"):
         SelfStudyTrainer(tiny_model(), args, without, processing_class=TOKENIZER, peft_config=config)
     with pytest.raises(ValueError, match=r"`eval_dataset\['x'\]` lacks the columns"):
@@ -126,4 +127,4 @@ def test_bad_input_names_the_argument_and_the_remedy(tmp_path: Path, conversatio
         SelfStudyTrainer(tiny_model(), args, empty, processing_class=TOKENIZER, peft_config=config)
     long = CartridgeConfig(num_tokens=10_000)
     with pytest.raises(ValueError, match="fewer than `num_tokens=10000`"):
-        SelfStudyTrainer(tiny_model(), args, CORPUS, processing_class=TOKENIZER, peft_config=long)
+        SelfStudyTrainer(tiny_model(), args, CORPUS, processing_class=TOKENIZER, peft_config=long).train()

@@ -14,7 +14,7 @@ from torch.distributed.fsdp import fully_shard
 
 from peft_cartridges import CartridgeConfig
 from peft_cartridges.hidden_states import OutputHead, forward_hidden_states
-from peft_cartridges.trainer.objective import Objective
+from peft_cartridges.objectives import Objective
 from tests.tiny_models import tiny_model, token_ids
 
 

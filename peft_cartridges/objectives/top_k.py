@@ -12,7 +12,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..self_study.teacher_targets import PADDED_LOGPROB
+# Stands where fewer than `k` tokens are known: as good as minus infinity, and safe in every float type.
+PADDED_LOGPROB = -1e4
 
 
 def reduce_to_top_k(logits: Tensor, ids: Tensor, log_probs: Tensor) -> tuple[Tensor, Tensor]:

@@ -16,13 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .chunked_loss import chunked_loss
-
-__all__ = ["DIVERGENCES", "chunked_loss", "forward_kl", "get_divergence", "jensen_shannon", "reverse_kl"]
-
+# Logits `[..., vocab_size]` of student and teacher, to `[...]`.
 Divergence = Callable[[Tensor, Tensor], Tensor]
-
-DIVERGENCES = ("forward_kl", "reverse_kl", "jsd")
 
 # Log-probabilities of student and teacher `[rows, vocab_size]`, and whether the gradient is wanted, to the value
 # `[rows]` and the gradient by the student's logits.
@@ -49,16 +44,6 @@ def jensen_shannon(student_logits: Tensor, teacher_logits: Tensor, beta: float =
     if beta in (0, 1):
         return (reverse_kl if beta else forward_kl)(student_logits, teacher_logits)
     return _RowwiseDivergence.apply(student_logits, teacher_logits, partial(_jensen_shannon, beta=beta))
-
-
-def get_divergence(name: str, beta: float = 0.5) -> Divergence:
-    """The divergence called `name`, one of `DIVERGENCES`."""
-    functions: dict[str, Divergence] = {
-        "forward_kl": forward_kl,
-        "reverse_kl": reverse_kl,
-        "jsd": partial(jensen_shannon, beta=beta),
-    }
-    return functions[name]
 
 
 def _forward_kl(student: Tensor, teacher: Tensor, with_gradient: bool) -> tuple[Tensor, Tensor | None]:

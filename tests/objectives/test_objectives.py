@@ -7,13 +7,21 @@ from typing import Any
 
 import pytest
 import torch
-from peft_cartridges.self_study.teacher_targets import PADDED_LOGPROB
 from torch import Tensor
 
 from peft_cartridges.hidden_states import OutputHead
-from peft_cartridges.trainer.liger_loss import liger_loss
-from peft_cartridges.trainer.losses import chunked_loss, forward_kl, get_divergence, jensen_shannon, reverse_kl
-from peft_cartridges.trainer.objective import Objective
+from peft_cartridges.objectives import (
+    OBJECTIVES,
+    PADDED_LOGPROB,
+    Objective,
+    check_objective,
+    chunked_sum,
+    forward_kl,
+    jensen_shannon,
+    register_objective,
+    reverse_kl,
+)
+from peft_cartridges.objectives.liger import liger_jsd
 from tests.tiny_models import tiny_model
 
 
@@ -32,6 +40,10 @@ def _plain(name: str, student: Tensor, teacher: Tensor, beta: float = 0.5) -> Te
     return beta * _kl(p, mixture) + (1 - beta) * _kl(q, mixture)
 
 
+def _kl_to_states(head: OutputHead) -> Callable[[Tensor, Tensor], Tensor]:
+    return lambda logits, states: forward_kl(logits, head(states.to(logits.dtype)).detach())
+
+
 def assert_value_and_gradient_equal(
     actual: Callable[[Tensor], Tensor], expected: Callable[[Tensor], Tensor], student: Tensor
 ) -> None:
@@ -46,7 +58,7 @@ def assert_value_and_gradient_equal(
 @pytest.mark.parametrize(("name", "beta"), [("forward_kl", 0.5), ("reverse_kl", 0.5), ("jsd", 0.5), ("jsd", 0.1)])
 def test_divergences_are_their_formulas(name: str, beta: float) -> None:
     student, teacher = (3 * torch.randn(2, 5, 17).double()).unbind(0)
-    divergence = get_divergence(name, beta)
+    divergence = OBJECTIVES[name].divergence(beta)
     assert_value_and_gradient_equal(lambda s: divergence(s, teacher), lambda s: _plain(name, s, teacher, beta), student)
     assert divergence(teacher, teacher).abs().max() < 1e-12
 
@@ -57,25 +69,13 @@ def test_the_ends_of_the_generalized_divergence_are_the_two_kls() -> None:
     assert torch.equal(jensen_shannon(student, teacher, 1), reverse_kl(student, teacher))
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma2", "granite", "gpt2", "qwen3_moe", "gpt_oss", "deepseek_v3"])
-def test_the_head_is_the_models_own(name: str) -> None:
-    model = tiny_model(name)
-    head = OutputHead(model)
-    ids = torch.arange(8, 20)[None]
-    with torch.no_grad():
-        expected = model(ids).logits
-        actual = head(head.decoder(ids).last_hidden_state)
-    torch.testing.assert_close(actual, expected)
-    assert "forward" not in vars(head.decoder)
-
-
 @pytest.mark.parametrize("chunk_size", [1, 3, 7, 100])
 @pytest.mark.parametrize("name", ["llama", "gemma2"])
 def test_chunks_give_the_loss_and_gradient_of_the_whole(name: str, chunk_size: int) -> None:
     head = OutputHead(tiny_model(name, dtype=torch.float64).requires_grad_(False))
     student, teacher = torch.randn(2, 7, 32).double().unbind(0)
     assert_value_and_gradient_equal(
-        lambda s: chunked_loss(s, teacher, head, forward_kl, chunk_size=chunk_size),
+        lambda s: chunked_sum(s, (teacher,), head, _kl_to_states(head), chunk_size=chunk_size),
         lambda s: _plain("forward_kl", head(s), head(teacher)),
         student,
     )
@@ -90,14 +90,15 @@ def test_no_more_than_a_chunk_of_logits_exists() -> None:
             return super().__call__(hidden)
 
     head = Head(tiny_model().requires_grad_(False))
-    chunked_loss(torch.randn(50, 32, requires_grad=True), torch.randn(50, 32), head, forward_kl, chunk_size=8)
+    states = torch.randn(50, 32, requires_grad=True), torch.randn(50, 32)
+    chunked_sum(states[0], (states[1],), head, _kl_to_states(head), chunk_size=8)
     assert max(seen) == 8
 
 
 def test_a_trainable_head_is_refused() -> None:
     head = OutputHead(tiny_model())
     with pytest.raises(ValueError, match="output head is trainable"):
-        chunked_loss(torch.randn(2, 32), torch.randn(2, 32), head, forward_kl)
+        chunked_sum(torch.randn(2, 32), (torch.randn(2, 32),), head, _kl_to_states(head))
 
 
 # -- whole batches -----------------------------------------------------------------------------------------------------
@@ -203,7 +204,7 @@ def test_a_batch_with_targets_of_both_kinds_is_the_sum_of_both() -> None:
     states = batch["teacher_hidden_states"]
     logprobs, ids = head(states).log_softmax(-1).topk(4)
     mixed = {
-        "labels": batch["labels"], "exact_rows": torch.tensor([False, True]), "teacher_hidden_states": states[3:],
+        "labels": batch["labels"], "exact_tokens": torch.tensor([False] * 3 + [True] * 2), "teacher_hidden_states": states[3:],
         "teacher_top_k_ids": ids[:3], "teacher_top_k_logprobs": logprobs[:3],
     }  # fmt: skip
     objective, hidden = Objective(head), torch.randn(2, 6, 32)
@@ -212,7 +213,7 @@ def test_a_batch_with_targets_of_both_kinds_is_the_sum_of_both() -> None:
         labels = batch["labels"].clone()
         labels[1 - row] = -100
         parts.append({**mixed, "labels": labels})
-        del parts[-1]["exact_rows"]
+        del parts[-1]["exact_tokens"]
     del parts[0]["teacher_hidden_states"]
     assert_value_and_gradient_equal(
         lambda h: objective(h, mixed), lambda h: objective(h, parts[0]) + objective(h, parts[1]), hidden
@@ -225,9 +226,8 @@ def test_ligers_fused_loss_is_the_same(name: str, temperature: float) -> None:
     head = OutputHead(tiny_model().requires_grad_(False))
     student, teacher = torch.randn(2, 7, 32).unbind(0)
     student.requires_grad_()
-    loss = liger_loss(
-        student, teacher, head, loss_type=name, beta=0.3, temperature=temperature, chunk_size=2, compiled=False
-    )
+    beta = OBJECTIVES[name].liger_beta(0.3)
+    loss = liger_jsd(student, teacher, head, beta=beta, temperature=temperature, chunk_size=2, compiled=False)
     plain = _plain(name, head(student) / temperature, head(teacher) / temperature, 0.3).sum()
     torch.testing.assert_close(loss.double(), plain, atol=1e-4, rtol=1e-4)
     (actual,), (expected,) = (torch.autograd.grad(3 * value, student) for value in (loss, plain))
@@ -239,7 +239,7 @@ def test_ligers_fused_loss_is_the_same(name: str, temperature: float) -> None:
 def test_ligers_fused_loss_is_the_same_compiled() -> None:
     head = OutputHead(tiny_model().requires_grad_(False).cuda())
     student, teacher = torch.randn(2, 600, 32, device="cuda").unbind(0)
-    loss = liger_loss(student, teacher, head, loss_type="forward_kl")
+    loss = liger_jsd(student, teacher, head, beta=0.0)
     torch.testing.assert_close(
         loss.double(), _plain("forward_kl", head(student), head(teacher)).sum(), atol=1e-2, rtol=1e-3
     )
@@ -248,4 +248,38 @@ def test_ligers_fused_loss_is_the_same_compiled() -> None:
 def test_liger_refuses_a_head_that_is_more_than_a_product() -> None:
     head = OutputHead(tiny_model("gemma2").requires_grad_(False))
     with pytest.raises(ValueError, match="`use_liger_kernel=True` needs an output head that is one linear layer"):
-        liger_loss(torch.randn(2, 32), torch.randn(2, 32), head, loss_type="forward_kl", compiled=False)
+        liger_jsd(torch.randn(2, 32), torch.randn(2, 32), head, beta=0.0, compiled=False)
+
+
+# -- the table ---------------------------------------------------------------------------------------------------------
+
+
+def test_every_divergence_says_how_liger_computes_it_or_refuses() -> None:
+    pytest.importorskip("liger_kernel")
+    head = OutputHead(tiny_model().requires_grad_(False))
+    student, teacher = torch.randn(2, 5, 32).unbind(0)
+    for name, kind in OBJECTIVES.items():
+        if kind.liger_beta is None:
+            with pytest.raises(
+                ValueError, match=f"does not go with `loss_type='{name}'`, which Liger does not compute"
+            ):
+                check_objective(name, use_liger=True)
+            continue
+        assert kind.divergence is not None
+        expected = kind.divergence(0.3)(head(student), head(teacher)).sum()
+        loss = liger_jsd(student, teacher, head, beta=kind.liger_beta(0.3), compiled=False)
+        torch.testing.assert_close(loss, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_a_new_divergence_is_one_row_and_never_trains_as_another_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("peft_cartridges.objectives.objective.OBJECTIVES", dict(OBJECTIVES))
+    register_objective("total_variation", lambda s, t: (s.softmax(-1) - t.softmax(-1)).abs().sum(-1) / 2)
+    head, batch, hidden = _head(), _batch(), torch.randn(2, 6, 32).double()
+    p, q = (head(x).softmax(-1) for x in (hidden[_ROWS, _POSITIONS], batch["teacher_hidden_states"]))
+    torch.testing.assert_close(Objective(head, "total_variation")(hidden, batch), (p - q).abs().sum() / 2)
+    with pytest.raises(ValueError, match="`use_liger_kernel=True` does not go with `loss_type='total_variation'`"):
+        Objective(head, "total_variation", use_liger=True)
+    with pytest.raises(ValueError, match="exists already"):
+        register_objective("forward_kl", forward_kl)
+    with pytest.raises(ValueError, match="`loss_type` must be one of forward_kl"):
+        check_objective("forward-kl")

@@ -14,27 +14,6 @@ from ..hidden_states import OutputHead
 LogitLoss = Callable[..., Tensor]
 
 
-def chunked_loss(
-    student: Tensor, teacher: Tensor, head: OutputHead, loss: LogitLoss, *, chunk_size: int = 128
-) -> Tensor:
-    """Sum over positions of `loss(head(student), head(teacher))`, see `chunked_sum`.
-
-    Args:
-        student: Final hidden states `[positions, hidden_size]`, differentiable.
-        teacher: Final hidden states `[positions, hidden_size]`.
-        head: The model's output head, frozen.
-        loss: Of logits `[positions, vocab_size]` and `[positions, vocab_size]` to `[positions]`.
-        chunk_size: Positions at a time: memory is about `4 * chunk_size * vocab_size` floats.
-    """
-
-    def of_states(logits: Tensor, states: Tensor) -> Tensor:
-        with torch.no_grad():
-            target = head(states.to(student.dtype))
-        return loss(logits, target)
-
-    return chunked_sum(student, (teacher,), head, of_states, chunk_size=chunk_size)
-
-
 def chunked_sum(
     student: Tensor, targets: tuple[Tensor, ...], head: OutputHead, loss: LogitLoss, *, chunk_size: int = 128
 ) -> Tensor:
@@ -60,7 +39,8 @@ def chunked_sum(
             "The output head is trainable (`modules_to_save`?): a cartridge is trained on a frozen model. Leave the "
             "output embeddings out."
         )
-    return _ChunkedSum.apply(student, targets, head, loss, chunk_size)
+    with head.gathered():
+        return _ChunkedSum.apply(student, targets, head, loss, chunk_size)
 
 
 class _ChunkedSum(torch.autograd.Function):

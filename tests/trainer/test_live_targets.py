@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,9 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 
-from peft_cartridges import SelfStudyTrainer
+from peft_cartridges import KVPrefix, SelfStudyTrainer
 from peft_cartridges.chat import ChatCodec
+from peft_cartridges.trainer.row_order import SeededOrder, by_chunk
 from tests.tiny_models import tiny_model
 from tests.trainer.small_runs import TOKENIZER, losses, make_conversations, make_trainer
 
@@ -27,9 +29,10 @@ def top_k() -> Dataset:
 
 
 def _live(trainer: SelfStudyTrainer, dataset: Dataset, seed: str = "0") -> tuple[dict[str, Any], dict[str, Any]]:
-    batch = trainer.data_collator([dataset[i] for i in range(6)])
-    assert trainer._live is not None
-    return batch, trainer._live(batch, seed)
+    """A batch as it was written, and as the step gets it."""
+    trainer.initialize_cartridge()
+    rows = [dataset[i] for i in range(6)]
+    return trainer.data_collator(rows), trainer.data_collator(trainer.live_targets.for_training(rows, seed))
 
 
 def _rows(batch: dict[str, Any]) -> list[list[int]]:
@@ -58,7 +61,7 @@ def test_the_student_answers_and_the_teacher_scores(tmp_path: Path, conversation
         turns = new[index][len(ChatCodec(None, TOKENIZER).preamble) :]
         expected = _teacher_states(row["context"], turns, counts[index])
         torch.testing.assert_close(states[index], expected, atol=5e-3, rtol=5e-3)
-    assert len(trainer._live.teacher._prefixes) == 1
+    assert len(trainer.live_targets.teacher.prefixes._kept) == 1
 
 
 def test_on_policy_answers_are_the_students_own(tmp_path: Path, conversations: Dataset) -> None:
@@ -86,10 +89,9 @@ def test_what_is_drawn_depends_on_the_seed_alone(tmp_path: Path, conversations: 
 def test_on_policy_rows_beside_top_k_targets(tmp_path: Path, top_k: Dataset) -> None:
     trainer = make_trainer(tmp_path, dataset=top_k, on_policy_fraction=0.5)
     _, after = _live(trainer, top_k)
-    exact = after["exact_rows"]
-    kept = (~exact[:, None] & (after["labels"] != -100)).sum().item()
-    live = (exact[:, None] & (after["labels"] != -100)).sum().item()
-    assert exact.sum() == 3 and len(after["teacher_hidden_states"]) == live
+    exact = after["exact_tokens"]
+    kept, live = (~exact).sum().item(), exact.sum().item()
+    assert len(exact) == (after["labels"] != -100).sum() and len(after["teacher_hidden_states"]) == live > 0 < kept
     assert after["teacher_top_k_ids"].shape == after["teacher_top_k_logprobs"].shape == (kept, 5)
     trainer.train()
     assert len(losses(trainer)) == 4
@@ -147,3 +149,52 @@ def test_system_prompts_stand_in_front_of_the_turns(tmp_path: Path) -> None:
         assert row[-len(turns) :] == turns
         expected = _teacher_states(dataset[index]["context"], turns, counts[index])
         torch.testing.assert_close(states[index], expected, atol=5e-3, rtol=5e-3)
+
+
+# -- nothing stored ----------------------------------------------------------------------------------------------------
+
+
+def test_conversations_without_targets_give_the_run_of_those_with_them(tmp_path: Path, conversations: Dataset) -> None:
+    bare = conversations.remove_columns("teacher_hidden_states")
+    runs = []
+    for dataset in (conversations, bare):
+        trainer = make_trainer(
+            tmp_path, dataset=dataset, train_sampling_strategy="random", arguments={"eval_dataset": dataset}
+        )
+        trainer.train()
+        runs.append([*losses(trainer), trainer.evaluate()["eval_loss"]])
+    assert runs[1] == pytest.approx(runs[0], rel=1e-3)  # what is stored is rounded to float16
+
+
+def test_a_chunk_is_read_once_for_all_its_rows_in_a_batch(
+    tmp_path: Path, conversations: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[tuple[int, ...]] = []
+    prefill = KVPrefix.from_input_ids
+    monkeypatch.setattr(
+        KVPrefix, "from_input_ids", lambda model, ids, **more: (read.append(ids), prefill(model, ids, **more))[1]
+    )
+    bare = conversations.remove_columns("teacher_hidden_states")
+    assert len(set(bare["chunk_id"])) == 2
+    trainer = make_trainer(tmp_path, dataset=bare, max_steps=2, per_device_train_batch_size=8)
+    trainer.initialize_cartridge()
+    read.clear()
+    trainer.train()
+    assert len(read) == 2
+    alone = make_trainer(tmp_path, dataset=bare, max_steps=2, teacher_cache_size=1, rows_per_chunk=8)
+    alone.initialize_cartridge()
+    read.clear()
+    alone.train()
+    assert len(read) == 2  # the order has the rows of a chunk together
+
+
+def test_rows_of_a_chunk_stand_together_and_every_row_once() -> None:
+    chunks = [number % 5 for number in range(43)]
+    order = SeededOrder(43, 7, by_chunk(chunks, 4))
+    first = list(order)
+    runs = [first[i : i + 4] for i in range(0, 40, 4)]
+    assert sorted(first) == list(range(43)) and first == list(order)
+    changes = sum(chunks[a] != chunks[b] for a, b in itertools.pairwise(first))
+    assert changes < 15 < sum(a != b for a, b in itertools.pairwise(chunks)), runs
+    order.set_epoch(1)
+    assert list(order) != first

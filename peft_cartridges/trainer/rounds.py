@@ -11,13 +11,12 @@ from torch.utils.data import Dataset as TorchDataset
 from torch.utils.data import Sampler
 
 
-class ConversationStream(TorchDataset[dict[str, Any]]):
+class ConversationRounds(TorchDataset[dict[str, Any]]):
     """A data set in rounds; a round is synthesized when the first of its rows is asked for, and forgets the one before.
 
-    Every process synthesizes the same rounds from the same seeds and takes its own rows.
-
     Args:
-        synthesize: Makes the conversations of a round, given its number.
+        synthesize: Gives the conversations of a round, given its number. Called by all processes at the same step, so
+            that each may write its share.
         rows_per_round: How many rows a round lends; if `synthesize` gives fewer (empty answers are dropped), some are
             used twice.
         num_rounds: How many rounds there are.
@@ -44,18 +43,18 @@ class ConversationStream(TorchDataset[dict[str, Any]]):
         return self._rows[row % len(self._rows)]
 
 
-class RoundSampler(Sampler[int]):
+class RoundOrder(Sampler[int]):
     """Round after round, shuffled within each by its seed."""
 
-    def __init__(self, stream: ConversationStream, seed: int) -> None:
-        self.stream = stream
+    def __init__(self, rounds: ConversationRounds, seed: int) -> None:
+        self.rounds = rounds
         self.seed = seed
 
     def __len__(self) -> int:
-        return len(self.stream)
+        return len(self.rounds)
 
     def __iter__(self) -> Iterator[int]:
-        size = self.stream.rows_per_round
-        for number in range(self.stream.num_rounds):
+        size = self.rounds.rows_per_round
+        for number in range(self.rounds.num_rounds):
             generator = torch.Generator().manual_seed(self.seed + number)
             yield from (torch.randperm(size, generator=generator) + number * size).tolist()

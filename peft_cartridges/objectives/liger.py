@@ -1,4 +1,4 @@
-"""Liger's fused divergence: the linear output head and the loss in one compiled, chunked pass.
+"""Liger's fused divergence: the linear output head and the divergence in one compiled, chunked pass.
 
 Liger (https://github.com/linkedin/Liger-Kernel) multiplies hidden states with the head's weight itself, so it serves
 heads that are that product and nothing more (no soft cap, no scaling of logits).
@@ -11,35 +11,31 @@ from torch import Tensor, nn
 
 from ..hidden_states import OutputHead
 
-# Liger names the generalized JSD's ends as `jensen_shannon` does.
-_BETAS = {"forward_kl": 0.0, "reverse_kl": 1.0}
 
-
-def liger_loss(
+def liger_jsd(
     student: Tensor,
     teacher: Tensor,
     head: OutputHead,
     *,
-    loss_type: str,
-    beta: float = 0.5,
+    beta: float,
     temperature: float = 1.0,
     chunk_size: int = 512,
     compiled: bool = True,
 ) -> Tensor:
-    """Sum over positions of a divergence, as `chunked_loss` gives it.
+    """Sum over positions of the generalized Jensen–Shannon divergence; `beta` 0 and 1 are the forward and reverse KL.
 
     Args:
         student, teacher: Final hidden states `[positions, hidden_size]`.
         head: The model's output head; see `plain_linear_head`.
-        loss_type: `forward_kl`, `reverse_kl` or `jsd` with `beta`.
+        beta: Weight of the teacher in the mixture.
         temperature: Divides the logits of both.
         chunk_size: Positions at a time.
         compiled: Whether to compile the pass, which a GPU wants and a test on a CPU does not.
     """
     from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
 
-    linear = plain_linear_head(head)
-    beta = _BETAS.get(loss_type, beta)
+    with head.gathered():
+        linear = plain_linear_head(head)
     loss = LigerFusedLinearJSDLoss(
         weight_hard_loss=0.0, weight_soft_loss=1.0, beta=beta, temperature=temperature, compiled=compiled,
         chunk_size=chunk_size,
@@ -57,7 +53,7 @@ def plain_linear_head(head: OutputHead) -> nn.Linear:
     Raises:
         ValueError: it does more than one product; checked on a random state.
     """
-    linear = head.model.get_output_embeddings()
+    linear = head.linear
     if isinstance(linear, nn.Linear):
         state = torch.randn(2, linear.in_features, device=linear.weight.device, dtype=linear.weight.dtype)
         with torch.no_grad():

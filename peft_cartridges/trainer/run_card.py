@@ -17,12 +17,12 @@ from datasets import Dataset
 
 from ..adapter_folder import CONFIG_FILE, read_cartridge
 from ..chat import get_tokenizer
+from ..conversations import read_provenance
 from ..hub import CardFacts, Metric, save_facts, write_model_card
 from ..hub.base_license import read_base_license
 from ..hub.memory_figure import add_memory_figure
 from ..hub.model_card import is_edited
 from ..hub.push import complete_facts
-from .data_checks import read_origin
 from .training_curve import FILE_NAME
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ _METRICS = {
 }
 
 
-def write_trainer_card(trainer: SelfStudyTrainer, folder: str, **changes: Any) -> None:
+def write_run_card(trainer: SelfStudyTrainer, folder: str, **changes: Any) -> None:
     """Writes `README.md`, `cartridge.json` and (with `args.plot`) the figure of the memory into the folder of the saved
     adapter; the main process only. A card that someone edited stays.
 
@@ -74,9 +74,10 @@ def write_trainer_card(trainer: SelfStudyTrainer, folder: str, **changes: Any) -
 def _facts(trainer: SelfStudyTrainer, folder: str) -> CardFacts:
     args = trainer.args
     data: Any = trainer.train_dataset
-    origin = trainer.corpus.identity or read_origin(data)
-    corpus, report = origin.get("corpus", {}), read_origin(data).get("report", {})
-    text, tokens, digest = trainer.corpus.text, None, corpus.get("sha256")
+    study = trainer.study
+    origin = (study.identity if study is not None else None) or read_provenance(data)
+    corpus, report = origin.get("corpus", {}), read_provenance(data).get("report", {})
+    text, tokens, digest = trainer.corpus, None, corpus.get("sha256")
     if text is not None:
         tokens = len(get_tokenizer(trainer.processing_class)(text, add_special_tokens=False)["input_ids"])
         digest = hashlib.sha256(text.encode()).hexdigest()  # what `sha256sum` says of the file
@@ -85,21 +86,23 @@ def _facts(trainer: SelfStudyTrainer, folder: str) -> CardFacts:
     recipe["optimizer_steps"] = trainer.state.global_step
     recipe |= {name: value for name, value in origin.get("synthesis", {}).items() if name in _SYNTHESIS}
     typed = isinstance(data, Dataset) and "seed_type" in data.column_names
+    known = hasattr(data, "__len__") and (study is None or study.is_written)
     return CardFacts(
         repo_id=getattr(trainer, "hub_model_id", None),
         corpus_name=corpus.get("name"),
         corpus_tokens=tokens,
         corpus_sha256=digest,
         recipe=recipe,
-        num_conversations=None if data is None else len(data),
+        num_conversations=len(data) if known else None,
         seed_types=dict(Counter(data["seed_type"])) if typed else {},
         filters=report.get("dropped", {}),
         metrics=_metrics(trainer),
         training_curve=FILE_NAME if (Path(folder) / FILE_NAME).is_file() else None,
         base_model=args.finetuned_from,
+        base_identity=trainer.base_identity,
         license=args.license,
         language=args.language or [],
-        datasets=trainer.corpus.hub_datasets,
+        datasets=trainer.hub_datasets,
     )
 
 

@@ -1,0 +1,124 @@
+"""What a trainer knows of its corpus, and what it makes of it when training starts: a first cartridge, conversations."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from peft import PeftModel
+
+from ..conversations import read_provenance
+from ..corpus import as_documents
+from ..self_study import SelfStudySynthesizer, SynthesisConfig
+from .data_checks import first_rows
+from .rounds import ConversationRounds
+from .self_study_config import SelfStudyConfig
+
+# Trainer's pushes to the Hub leave out what begins with an underscore: the conversations hold the corpus's text.
+CONVERSATIONS_DIR = "_conversations"
+_ROWS_OF_A_STREAM = 256
+
+
+class CorpusStudy:
+    """A corpus that conversations are written about.
+
+    Args:
+        dataset: The corpus, a data set with a column `text`.
+        args: Settings.
+        processing_class: Tokenizer or processor.
+
+    Raises:
+        ValueError: a document is empty or has no `text`.
+    """
+
+    def __init__(self, dataset: Any, args: SelfStudyConfig, processing_class: Any) -> None:
+        self.documents = as_documents(dataset)
+        self.text = "\n\n".join(document.text for document in self.documents)
+        self.name = getattr(getattr(dataset, "info", None), "dataset_name", None)
+        self.args = args
+        self.processing_class = processing_class
+        self.identity: dict[str, Any] | None = None
+
+    @property
+    def is_written(self) -> bool:
+        return self.identity is not None
+
+    def write(self, model: PeftModel) -> Dataset | ConversationRounds:
+        """The conversations, or rounds of them (`resample_every`).
+
+        They are kept in `output_dir/_conversations/`, so that the same call takes up what a killed run has finished. The
+        processes of a distributed run share the work.
+
+        Args:
+            model: The PEFT model; its cartridge is disabled meanwhile.
+
+        Raises:
+            ValueError: as `SelfStudySynthesizer.synthesize`.
+        """
+        if self.args.resample_every:
+            return self._rounds(model)
+        synthesizer = SelfStudySynthesizer(model, self.processing_class, SynthesisConfig.from_args(self.args))
+        folder = self._folder / synthesizer.address(self.documents)[:12]
+        dataset = synthesizer.synthesize(self.documents, output_dir=folder, corpus_name=self.name)
+        self.identity = read_provenance(dataset)
+        return dataset
+
+    def write_held_out(self, model: PeftModel) -> Dataset:
+        """Conversations to evaluate on: other questions than `write` gives, and no recitations, which any cartridge that
+        began as a part of the text does well on."""
+        settings = SynthesisConfig.from_args(
+            self.args,
+            num_conversations=self.args.num_eval_conversations,
+            synthesis_seed=self.args.synthesis_seed + 1,
+            recitation_share=0.0,
+        )
+        synthesizer = SelfStudySynthesizer(model, self.processing_class, settings)
+        folder = self._folder / synthesizer.address(self.documents)[:12]
+        return synthesizer.synthesize(self.documents, output_dir=folder, corpus_name=self.name)
+
+    @property
+    def _folder(self) -> Path:
+        return Path(self.args.output_dir or ".") / CONVERSATIONS_DIR
+
+    def _rounds(self, model: PeftModel) -> ConversationRounds:
+        args = self.args
+        rows = args.resample_every * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        self.identity = {}
+
+        def synthesize(number: int) -> Dataset:
+            settings = SynthesisConfig.from_args(
+                args, num_conversations=rows, synthesis_seed=args.synthesis_seed + 1_000_003 * number
+            )
+            if args.should_save and number:  # the round before has been used
+                shutil.rmtree(self._folder / f"round-{number - 1}", ignore_errors=True)
+            synthesizer = SelfStudySynthesizer(model, self.processing_class, settings)
+            folder = self._folder / f"round-{number}"
+            dataset = synthesizer.synthesize(self.documents, output_dir=folder, corpus_name=self.name)
+            self.identity = read_provenance(dataset)
+            return dataset
+
+        return ConversationRounds(synthesize, rows, -(-args.max_steps // args.resample_every))
+
+
+def text_of_contexts(dataset: Any) -> str | None:
+    """The texts that conversations are about, in the order of their first appearance (of a data set that comes row by
+    row: of its first rows); `None` if it does not say."""
+    contexts: Iterable[str | None]
+    if isinstance(dataset, Dataset):
+        if "context" not in dataset.column_names:
+            return None
+        contexts = dataset.select_columns(["context"]).with_format("arrow")[:]["context"].unique().to_pylist()
+    else:
+        contexts = dict.fromkeys(row.get("context") for row in first_rows(dataset, _ROWS_OF_A_STREAM))
+    return "\n\n".join(filter(None, contexts)) or None
+
+
+def find_hub_datasets(dataset: Any) -> list[str]:
+    """Names on the Hub of what `load_dataset` made a data set from; empty for others."""
+    sources = getattr(getattr(dataset, "info", None), "download_checksums", None) or {}
+    found = [re.match(r"hf://datasets/([^@]+)@", str(source)) for source in sources]
+    return list(dict.fromkeys(match[1] for match in found if match))

@@ -1,0 +1,74 @@
+"""A whole run of the trainer in one process or, with its weights split over them, in several; prints what came of it
+and by how much the most memory of this process grew."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import sys
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from peft_cartridges import CartridgeConfig, SelfStudyTrainer
+from tests.tiny_models import VOCAB_SIZE
+from tests.trainer.small_runs import GOLD, TEXT, TOKENIZER, losses, make_config
+
+WIDTH, LAYERS = 512, 12
+
+
+def prepare(folder: Path) -> int:
+    """A model that is large beside what a run needs anyway; gives its bytes."""
+    config = LlamaConfig(
+        vocab_size=VOCAB_SIZE, hidden_size=WIDTH, intermediate_size=4 * WIDTH, num_hidden_layers=LAYERS,
+        num_attention_heads=8, num_key_value_heads=4, tie_word_embeddings=False,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(config)
+    model.save_pretrained(folder)
+    TOKENIZER.save_pretrained(folder)
+    return sum(parameter.nbytes for parameter in model.parameters())
+
+
+def conversations(seed: int = 0) -> Dataset:
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(8, VOCAB_SIZE, (16, 12), generator=generator)
+    logprobs, tokens = torch.randn(16, 5, VOCAB_SIZE, generator=generator).log_softmax(-1).topk(3)
+    return Dataset.from_dict(
+        {
+            "input_ids": ids.tolist(),
+            "completion_mask": [[0] * 7 + [1] * 5] * 16,
+            "teacher_top_k_ids": tokens.reshape(16, -1).tolist(),
+            "teacher_top_k_logprobs": logprobs.reshape(16, -1).tolist(),
+            "context": [TEXT] * 16,
+        }
+    )
+
+
+def peak_bytes() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def main() -> None:
+    folder, processes = Path(sys.argv[1]), int(os.environ.get("WORLD_SIZE", 1))
+    args = make_config(
+        folder / f"of-{processes}", max_steps=3, per_device_train_batch_size=8 // processes, shard_model=processes > 1,
+        save_strategy="steps", save_steps=2, learning_rate=0.01,
+    )  # fmt: skip
+    before = peak_bytes()
+    trainer = SelfStudyTrainer(
+        str(folder / "model"), args, conversations(), conversations(1), peft_config=CartridgeConfig(num_tokens=8),
+        gold_questions=GOLD,
+    )  # fmt: skip
+    trainer.train()
+    metrics = trainer.evaluate()
+    trainer.save_model()
+    found = {"losses": losses(trainer), "kl": metrics["eval_loss"], "gold": metrics["eval_gold_nll"]}
+    print(json.dumps({**found, "grown": peak_bytes() - before}), flush=True)
+
+
+if __name__ == "__main__":
+    main()
