@@ -20,7 +20,7 @@ import numpy as np
 
 from peft_cartridges import load_self_study
 from peft_cartridges.conversations import ConversationFolder, Part, make_features, with_fast_targets
-from peft_cartridges.conversations.rows import rows_to_dataset
+from peft_cartridges.conversations.rows import rows_to_table
 
 
 def main() -> None:
@@ -53,7 +53,7 @@ def write(folder: ConversationFolder, args: argparse.Namespace) -> None:
                     "teacher_hidden_states": states.astype(np.float16),
                 }
             )  # fmt: skip
-        folder.write("hidden_states", Part(chunk, 0, len(rows)), rows_to_dataset(rows, features), {})
+        folder.write("hidden_states", Part(chunk, 0, len(rows)), rows_to_table(rows, features), {})
     folder.write_manifest({"format": 3, "report": {}, "left_out": {}})
 
 

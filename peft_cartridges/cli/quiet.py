@@ -14,7 +14,16 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    for name in ("torch", "torchao", "bitsandbytes", "transformers", "datasets", "accelerate", "huggingface_hub", "trl"):
+    for name in (
+        "torch",
+        "torchao",
+        "bitsandbytes",
+        "transformers",
+        "datasets",
+        "accelerate",
+        "huggingface_hub",
+        "trl",
+    ):
         logging.getLogger(name).setLevel(logging.ERROR)
     own = logging.getLogger("peft_cartridges")
     if not own.handlers:

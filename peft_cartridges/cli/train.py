@@ -40,9 +40,30 @@ and --steps (more of both for longer texts), --learning-rate. `--help-all` lists
 """
 # Settings of `SelfStudyConfig` in the short help; the others are in `--help-all`.
 _SHOWN = frozenset(
-    "output_dir max_steps num_train_epochs learning_rate per_device_train_batch_size loss_type num_conversations "
-    "num_eval_conversations seed_types teacher_targets engine base_url use_vllm shard_model on_policy_fraction eval_steps "
-    "save_steps push_to_hub hub_model_id report_to use_cpu initialization".split()
+    [
+        "output_dir",
+        "max_steps",
+        "num_train_epochs",
+        "learning_rate",
+        "per_device_train_batch_size",
+        "loss_type",
+        "num_conversations",
+        "num_eval_conversations",
+        "seed_types",
+        "teacher_targets",
+        "engine",
+        "base_url",
+        "use_vllm",
+        "shard_model",
+        "on_policy_fraction",
+        "eval_steps",
+        "save_steps",
+        "push_to_hub",
+        "hub_model_id",
+        "report_to",
+        "use_cpu",
+        "initialization",
+    ]
 )
 
 

@@ -21,6 +21,7 @@ from transformers.utils.hub import hf_api
 from trl.trainer.base_trainer import _BaseTrainer
 
 from ..chat import ChatCodec, get_tokenizer, with_cartridge_chat_template
+from ..conversations import with_fast_targets
 from ..hidden_states import OutputHead, forward_hidden_states
 from ..hub.base_model import identify_base_model
 from ..hub.push import refuse_public
@@ -332,6 +333,8 @@ class SelfStudyTrainer(_BaseTrainer):
         if isinstance(dataset, Dataset) and isinstance(collator, SelfStudyCollator) and not finished_later:
             wanted = _TRAINED_COLUMNS if self.args.needs_teacher or not is_training else _TRAINED_COLUMNS[:2]
             dataset = dataset.select_columns([name for name in wanted if name in dataset.column_names])
+        if isinstance(dataset, Dataset):
+            dataset = with_fast_targets(dataset)
         if not is_training:
             of_all = batch_size * self.args.world_size
             dataset = EvenRows(dataset, of_all) if hasattr(dataset, "__len__") else EvenStream(dataset, of_all)

@@ -148,4 +148,6 @@ def test_info_of_a_cartridge_on_the_hub_fetches_no_weights(
     assert main(["info", "user/handbook"]) == 0
     told = capsys.readouterr().out
     assert "org/base" in told and "MB in its file" in told
-    assert not [one for one in hub.requests if one[0] == "GET" and "adapter_model.safetensors" in str(one)], hub.requests
+    assert not [one for one in hub.requests if one[0] == "GET" and "adapter_model.safetensors" in str(one)], (
+        hub.requests
+    )
