@@ -170,8 +170,9 @@ def estimate_scale(
         f"training: {epochs:g} epoch(s), {round(run.conversations * epochs / train_batch_size):,} steps": training,
     }
     if args.teacher_targets == "live":
-        # Each step's chunks are prefilled anew; how many there are depends on how batches are grouped.
-        chunks_in_a_step = min(train_batch_size, -(-train_batch_size // args.conversations_per_chunk))
+        # Each device prefills the chunks of its own rows anew in every step; grouped by chunk these are as few as can be.
+        of_a_device = -(-train_batch_size // machine.devices)
+        chunks_in_a_step = machine.devices * -(-of_a_device // args.conversations_per_chunk)
         again = epochs * run.conversations / train_batch_size * chunks_in_a_step
         teacher = (model.forward_flops(again * chunk, chunk / 2) + epochs * scoring * speed) / speed
         seconds.pop("scoring: chunks are prefilled again, rows go through once")
