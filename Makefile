@@ -16,11 +16,11 @@ PYTHON_IS_NEW_ENOUGH := import sys; v = sys.version_info; sys.exit( \
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install model quickstart test lint format clean distclean
+.PHONY: help install model quickstart test test-versions test-lowest test-newest lint format clean distclean
 
 help: ## Show this list
-	@echo "Targets (PYTHON=... picks the interpreter, ARGS='...' goes to quickstart and test):"
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@echo "Targets (PYTHON=... picks the interpreter, ARGS='...' goes to quickstart and the tests):"
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-13s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 install: $(STAMP) ## Make .venv with the pinned packages, this one (editable) and its tools
 
@@ -32,6 +32,21 @@ quickstart: $(MODEL_FILE) ## Run examples/quickstart.py
 test: $(MODEL_FILE) ## Run the tests, e.g. make test ARGS="-m 'not slow' -k attention"
 	@echo "==> pytest"
 	@$(BIN)/python -m pytest -q $(ARGS)
+
+test-versions: test-lowest test-newest ## Run the quick tests with the lowest and the newest transformers, peft, trl
+
+# The packages of `.venv`, with these three in front of them: one torch serves all. Every run asks for the newest anew.
+test-lowest: WANTED = sed -nE 's/^ *"((transformers|peft|trl)>=)([0-9.]+).*/\2==\3/p'
+test-newest: WANTED = sed -nE 's/^ *"((transformers|peft|trl)>=[^"]*)".*/\1/p'
+test-lowest test-newest: test-%: $(MODEL_FILE)
+	@echo "==> installing the $* transformers, peft and trl that pyproject.toml admits, in $(VENV)-$*"
+	@test -x $(VENV)-$*/bin/python || $(BIN)/python -m venv --without-pip $(VENV)-$*
+	@$(BIN)/python -c 'import site; print("import site; site.addsitedir(%r)" % site.getsitepackages()[0])' \
+		> $$($(VENV)-$*/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/packages-of-venv.pth
+	@$(WANTED) pyproject.toml | xargs $(VENV)-$*/bin/python -m pip --quiet --no-input install --upgrade
+	@$(VENV)-$*/bin/python -c 'from importlib.metadata import version; print("==> pytest with", \
+		*(f"{name} {version(name)}" for name in ("transformers", "peft", "trl")))'
+	@$(VENV)-$*/bin/python -m pytest -q -m "not slow" $(ARGS)
 
 lint: $(STAMP) ## Check style, format and types
 	@echo "==> ruff check"
@@ -47,10 +62,10 @@ format: $(STAMP) ## Repair style and format
 
 clean: ## Remove caches and build output
 	@rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
-	@find . -path './$(VENV)' -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
+	@find . -path './$(VENV)*' -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
 
-distclean: clean ## Remove the environment and the model too
-	@rm -rf $(VENV) $(MODEL)
+distclean: clean ## Remove the environments and the model too
+	@rm -rf $(VENV) $(VENV)-lowest $(VENV)-newest $(MODEL)
 
 # The stamp is written last, so an install that broke off is taken up again.
 $(STAMP): pyproject.toml constraints.txt

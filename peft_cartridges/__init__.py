@@ -9,8 +9,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from .model_push import wrap_push_to_hub
-from .tuner import CartridgeConfig, CartridgeModel  # registers with PEFT
+from . import peft_model as _registration  # noqa: F401
+from .tuner import CartridgeConfig, CartridgeModel
 
 if TYPE_CHECKING:
     from .attention import UnsupportedModelError, shared_prefix
@@ -32,8 +32,6 @@ if TYPE_CHECKING:
     from .trainer import SelfStudyConfig, SelfStudyTrainer
 
 __version__ = "0.1.0"
-
-wrap_push_to_hub()
 
 _LAZY = {
     "HubError": "hub",

@@ -11,23 +11,15 @@ import os
 import tempfile
 import warnings
 from pathlib import Path
-from typing import Any
 
 from peft.utils import PeftType
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from .kv_prefix import KVPrefix
 from .tuner.config import CartridgeConfig
-from .tuner.file_format import is_cartridge_tensor, prefix_to_tensors, tensors_to_prefix
-
-CONFIG_FILE = "adapter_config.json"
-WEIGHTS_FILE = "adapter_model.safetensors"
-PICKLED_FILES = ("adapter_model.bin", "adapter_model.pt", "pytorch_model.bin")
+from .tuner.file_format import CONFIG_FILE, WEIGHTS_FILE, missing_weights, prefix_to_tensors, read_prefix
 
 _MAX_CONFIG_BYTES = 1 << 20
-# Names in a safetensors header. Whole numbers are no keys or values, and 8-bit floats need scales that no one wrote.
-_DTYPES = ("F64", "F32", "F16", "BF16")
 
 
 def read_config(folder: str | Path) -> CartridgeConfig:
@@ -58,7 +50,7 @@ def read_config(folder: str | Path) -> CartridgeConfig:
         )
     try:
         config = CartridgeConfig(**{name: value for name, value in fields.items() if name in known})
-        _check_shape(config)
+        config.check_shape()
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from error
     return config
@@ -75,17 +67,8 @@ def read_cartridge(folder: str | Path) -> tuple[CartridgeConfig, KVPrefix]:
     config = read_config(folder)
     path = Path(folder) / WEIGHTS_FILE
     if not path.is_file():
-        raise missing_weights(str(folder), [name.name for name in Path(folder).iterdir()])
-    try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            _check_header(path, config, {name: file.get_slice(name).get_dtype() for name in file.keys()})  # noqa: SIM118
-            tensors = {name: file.get_tensor(name) for name in file.keys() if is_cartridge_tensor(name)}  # noqa: SIM118
-    except SafetensorError as error:
-        raise ValueError(f"{path} is truncated or damaged ({error}): get it again.") from error
-    try:
-        return config, tensors_to_prefix(tensors, config)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+        raise missing_weights(folder, (file.name for file in Path(folder).iterdir()))
+    return config, read_prefix(path, config)
 
 
 def write_cartridge(folder: str | Path, config: CartridgeConfig, prefix: KVPrefix) -> None:
@@ -99,43 +82,3 @@ def write_cartridge(folder: str | Path, config: CartridgeConfig, prefix: KVPrefi
         config.save_pretrained(staging)
         for name in (WEIGHTS_FILE, CONFIG_FILE):
             os.replace(Path(staging) / name, folder / name)
-
-
-def missing_weights(where: str, names: list[str]) -> Exception:
-    """The error for a place with a configuration but no safetensors weights."""
-    if pickled := sorted(set(names) & set(PICKLED_FILES)):
-        return ValueError(
-            f"{where} has pickled weights only ({', '.join(pickled)}), which can run code when they are loaded: they "
-            f"are refused. Ask its author to save it again as {WEIGHTS_FILE} (`save_pretrained` does)."
-        )
-    return FileNotFoundError(f"{where} is no complete cartridge: it has no {WEIGHTS_FILE}.")
-
-
-def _check_shape(config: CartridgeConfig) -> None:
-    if config.layer_shapes is None:
-        needed: dict[str, Any] = {
-            name: getattr(config, name) for name in ("num_layers", "num_attention_heads", "token_dim")
-        }
-        for name, value in needed.items():
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"`{name}` must be a whole number of at least 1, got {value!r}.")
-        if config.token_dim % config.num_attention_heads:  # type: ignore[operator]
-            raise ValueError(f"`token_dim` ({config.token_dim}) is no multiple of `num_attention_heads`.")
-        return
-    shapes = config.layer_shapes
-    held = [shape for shape in shapes if shape is not None] if isinstance(shapes, list) else []
-    sizes = [size for shape in held for size in (shape if isinstance(shape, list) and len(shape) == 3 else [0])]
-    if not held or not all(type(size) is int and size > 0 for size in sizes):
-        raise ValueError("`layer_shapes` must be a list of [num_key_value_heads, key_dim, value_dim].")
-
-
-def _check_header(path: Path, config: CartridgeConfig, dtypes: dict[str, str]) -> None:
-    """Names and dtypes, before any tensor is read. The shapes are checked with the values, by `tensors_to_prefix`."""
-    for name, dtype in dtypes.items():
-        if not is_cartridge_tensor(name) and not config.modules_to_save:
-            raise ValueError(
-                f"{path} has a tensor `{name}` that is no part of a cartridge, and its {CONFIG_FILE} names no "
-                "`modules_to_save`: it is refused."
-            )
-        if is_cartridge_tensor(name) and dtype not in _DTYPES:
-            raise ValueError(f"{path}: tensor `{name}` has dtype {dtype}, expected one of {', '.join(_DTYPES)}.")

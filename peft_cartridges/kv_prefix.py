@@ -7,7 +7,6 @@ the package computes, trains, cuts, joins and serves them.
 from __future__ import annotations
 
 import contextlib
-import inspect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import DynamicLayer
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,7 +102,7 @@ class KVPrefix:
             processing_class: Its tokenizer or processor, or a `ChatCodec` with it.
             text: The document.
             chat_template: Whether the text stands in a system message of the tokenizer's chat template (as a user
-                would put a document in context) or as it is. Ignored where the tokenizer has no chat template.
+                would put a document in context; see `ChatCodec.encode_context`) or as it is. Ignored where the tokenizer has no chat template.
             max_tokens: Keep only this many first tokens (nothing after them is computed).
             prefill_chunk_size: Tokens per forward, so that activations stay flat however long the text is.
 
@@ -116,23 +115,14 @@ class KVPrefix:
         return cls.from_input_ids(model, input_ids[:max_tokens], prefill_chunk_size=prefill_chunk_size)
 
     @classmethod
-    @torch.no_grad()
     def from_input_ids(
         cls, model: nn.Module, input_ids: Sequence[int] | Tensor, *, prefill_chunk_size: int = 2048
     ) -> KVPrefix:
-        """The prefix of a sequence of token ids (`[num_tokens]` or `[1, num_tokens]`), by one prefill of `model`."""
-        ids = torch.as_tensor(input_ids, device=_device(model)).reshape(1, -1)
-        if ids.shape[1] == 0:
-            raise ValueError("`input_ids` is empty: a prefix needs at least one token.")
-        cache = _cache_that_keeps_all(model)
-        keep_one_logit = (
-            {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
-        )
-        with evaluating(model):
-            for piece in ids.split(prefill_chunk_size, dim=1):
-                model(input_ids=piece, past_key_values=cache, use_cache=True, **keep_one_logit)
-        cache.layers = [layer for layer in cache.layers if isinstance(layer, DynamicLayer)]
-        return cls.from_cache(cache)
+        """The prefix of a sequence of token ids (`[num_tokens]` or `[1, num_tokens]`), by one prefill of `model`; see
+        `attention.reading.read_prefix`."""
+        from .attention.reading import read_prefix  # knows models, which this file does not
+
+        return read_prefix(model, input_ids, prefill_chunk_size=prefill_chunk_size)
 
     @classmethod
     def from_cache(cls, cache: Cache, num_tokens: int | None = None, row: int = 0) -> KVPrefix:
@@ -242,22 +232,6 @@ class KVPrefix:
 
     def _map(self, function: Any) -> KVPrefix:
         return KVPrefix(tuple(map(function, self.keys)), tuple(map(function, self.values)))
-
-
-def _cache_that_keeps_all(model: Any) -> DynamicCache:
-    """A cache that keeps every token, also in sliding-window layers: which of them a later token still sees is decided
-    when the prefix is used. Layers that are no attention get the state they need (and no part in the prefix)."""
-    config = model.config.get_text_config(decoder=True)
-    if not set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention", "attention"}:
-        return DynamicCache()
-    cache = DynamicCache(config=config)
-    cache.layers = [DynamicLayer() if type(layer) is DynamicSlidingWindowLayer else layer for layer in cache.layers]
-    return cache
-
-
-def _device(model: Any) -> torch.device:
-    embeddings = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else model
-    return next(embeddings.parameters()).device
 
 
 @contextlib.contextmanager

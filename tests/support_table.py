@@ -5,7 +5,7 @@
 
 A test is a part of the page if it is marked `@pytest.mark.supports(section, what, on=…)`: a row, and what the row was
 tried on. These texts may name parameters of the test (`"{name}"`). `refused=True` marks tests of an error that says
-why not.
+why not; a test may also say its outcome itself (`record_property("outcome", …)`).
 """
 
 from __future__ import annotations
@@ -82,6 +82,8 @@ def _outcome(report: pytest.TestReport, marker: pytest.Mark) -> str:
         return f"not tried ({report.longrepr[2].removeprefix('Skipped: ')}):"
     if report.failed:
         return "✗"
+    if "outcome" in (said := dict(report.user_properties)):
+        return str(said["outcome"])
     return "refused:" if marker.kwargs.get("refused") else "✓"
 
 

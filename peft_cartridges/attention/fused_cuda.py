@@ -24,7 +24,16 @@ from torch.backends.cuda import (
 )
 from torch.nn.functional import pad
 
-from .plain_attention import Scoring, attend_plainly, attend_plainly_backward
+from .plain_attention import (
+    Gradients,
+    Part,
+    Scoring,
+    Wanted,
+    attend_plainly,
+    attend_plainly_backward,
+    repeat_heads,
+    sum_groups,
+)
 
 Kernel = Literal["flash", "efficient"]
 
@@ -41,86 +50,76 @@ _TOLERANCE = {torch.float32: 5e-3}  # plain products may run in TF32
 _HALF_TOLERANCE = 2e-2
 
 
-def flash_takes(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scoring: Scoring) -> bool:
-    """Whether flash attention computes this part; keys and values may have fewer heads than queries."""
-    width = query.shape[-1]
+def flash_takes(part: Part, backward: bool) -> bool:
+    """Whether flash attention computes this part."""
+    width = part.query.shape[-1]
     return (
-        _is_candidate(query, key, value, scoring)
-        and mask is None
-        and width == value.shape[-1]
-        and _is_usable("flash", query.device, query.dtype, width, width)
+        _is_candidate(part)
+        and part.mask is None
+        and width == part.value.shape[-1]
+        and _is_usable("flash", part.query.device, part.query.dtype, width, width)
     )
 
 
-def efficient_takes(query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> bool:
-    """Whether memory-efficient attention computes this part; all have the same number of heads."""
-    return _is_candidate(query, key, value, scoring) and _is_usable(
-        "efficient", query.device, query.dtype, query.shape[-1], value.shape[-1]
-    )
+def efficient_takes(part: Part, backward: bool) -> bool:
+    """Whether memory-efficient attention computes this part."""
+    widths = (part.query.shape[-1], part.value.shape[-1])
+    return _is_candidate(part) and _is_usable("efficient", part.query.device, part.query.dtype, *widths)
 
 
-def attend_flash(query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> tuple[Tensor, Tensor]:
+def attend_flash(part: Part) -> tuple[Tensor, Tensor]:
     """Output `[batch, heads, q_len, value_dim]` and log-sum-exp `[batch, heads, q_len]`, float32."""
+    query, key, value, _, scoring = part
     output, lse, *_ = _flash(query, key, value, 0.0, scoring.causal, scale=scoring.scale)
     return output, lse
 
 
-def attend_flash_backward(
-    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, output: Tensor, lse: Tensor, scoring: Scoring
-) -> tuple[Tensor, Tensor, Tensor]:
+def attend_flash_backward(part: Part, grad: Tensor, output: Tensor, lse: Tensor, wanted: Wanted) -> Gradients:
     """Gradients of query, key and value; `output` and `lse` may be those of a merged attention."""
+    query, key, value, _, scoring = part
     no_dropout = torch.empty(2, dtype=torch.uint64, device=query.device)
     lengths = (None, None, query.shape[2], key.shape[2])
     # The kernel reads the log-sum-exp without its strides.
-    parts = (grad, query, key, value, output, lse.float().contiguous())
+    parts = (grad, query, key, value, output.to(query.dtype), lse.float().contiguous())
     return _flash_backward(*parts, *lengths, 0.0, scoring.causal, no_dropout, no_dropout, scale=scoring.scale)
 
 
-def attend_efficient(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scoring: Scoring
-) -> tuple[Tensor, Tensor]:
-    """As `attend_flash`, with an additive mask broadcastable to `[batch, heads, q_len, kv_len]`."""
-    mask = _aligned(mask, query, key)
-    output, lse, *_ = _efficient(query, key, value, mask, True, 0.0, scoring.causal, scale=scoring.scale)
+def attend_efficient(part: Part) -> tuple[Tensor, Tensor]:
+    """As `attend_flash`, with a mask."""
+    query, key, value, _, scoring = part
+    key, value = (repeat_heads(tensor, part.groups) for tensor in (key, value))
+    output, lse, *_ = _efficient(query, key, value, _aligned(part), True, 0.0, scoring.causal, scale=scoring.scale)
     return output, lse.narrow(-1, 0, query.shape[2])
 
 
-def attend_efficient_backward(
-    grad: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    output: Tensor,
-    lse: Tensor,
-    mask: Tensor | None,
-    scoring: Scoring,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """As `attend_flash_backward`."""
+def attend_efficient_backward(part: Part, grad: Tensor, output: Tensor, lse: Tensor, wanted: Wanted) -> Gradients:
+    """As `attend_flash_backward`, with a mask."""
+    query, key, value, _, scoring = part
+    key, value = (repeat_heads(tensor, part.groups) for tensor in (key, value))
     no_dropout = torch.empty((), dtype=torch.int64, device=query.device)
     lse = pad(lse.float(), (0, -lse.shape[-1] % _LSE_ALIGNMENT), value=float("inf"))
     # The kernel takes the output to lie in memory as it wrote it: [batch, q_len, heads, value_dim].
-    output = output.transpose(1, 2).contiguous().transpose(1, 2)
-    parts = (grad, query, key, value, _aligned(mask, query, key), output, lse)
-    wanted = [True, True, True, False]
-    gradients = _efficient_backward(*parts, no_dropout, no_dropout, 0.0, wanted, scoring.causal, scale=scoring.scale)
-    return gradients[:3]
-
-
-def _is_candidate(query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> bool:
-    return (
-        query.is_cuda
-        and scoring.softcap is None
-        and query.dtype == key.dtype == value.dtype
-        and query.numel() > 0
-        and key.shape[2] > 0
+    output = output.to(query.dtype).transpose(1, 2).contiguous().transpose(1, 2)
+    parts = (grad, query, key, value, _aligned(part), output, lse)
+    d_query, d_key, d_value, _ = _efficient_backward(
+        *parts, no_dropout, no_dropout, 0.0, [*wanted, False], scoring.causal, scale=scoring.scale
+    )
+    return d_query, *(
+        sum_groups(tensor, part.groups) if want else None
+        for tensor, want in zip((d_key, d_value), wanted[1:], strict=True)
     )
 
 
-def _aligned(mask: Tensor | None, query: Tensor, key: Tensor) -> Tensor | None:
+def _is_candidate(part: Part) -> bool:
+    query, key = part.query, part.key
+    return query.is_cuda and part.scoring.softcap is None and query.numel() > 0 and key.shape[2] > 0
+
+
+def _aligned(part: Part) -> Tensor | None:
+    query, kv_len, mask = part.query, part.key.shape[2], part.mask
     if mask is None:
         return None
-    kv_len = key.shape[2]
-    padded = pad(mask.to(query.dtype), (0, -kv_len % _MASK_ALIGNMENT))
+    padded = pad(mask, (0, -kv_len % _MASK_ALIGNMENT))
     return padded.narrow(-1, 0, kv_len).expand(*query.shape[:3], kv_len)
 
 
@@ -169,26 +168,24 @@ def _error(kernel: str, causal: bool, device: torch.device, dtype: torch.dtype, 
     def random(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator, device=device).to(dtype)
 
-    q_len, heads = 72, 4
-    kv_len, kv_heads = q_len if causal else 101, 2 if kernel == "flash" else heads
+    q_len, heads, kv_heads = 72, 4, 2
+    kv_len = q_len if causal else 101
     query, grad = random(2, heads, q_len, key_dim), random(2, heads, q_len, value_dim)
     key, value = random(2, kv_heads, kv_len, key_dim), random(2, kv_heads, kv_len, value_dim)
     mask = None if causal or kernel == "flash" else random(2, 1, q_len, kv_len)
-    scoring = Scoring(key_dim**-0.5, causal=causal)
-    wide = [tensor.float().repeat_interleave(heads // tensor.shape[1], 1) for tensor in (query, key, value)]
-    output, lse = attend_plainly(wide[0], wide[1], wide[2], mask, scoring)
+    part = Part(query, key, value, mask, Scoring(key_dim**-0.5, causal=causal))
+    wide = Part(query.float(), key.float(), value.float(), mask, part.scoring)
+    output, lse = attend_plainly(wide)
     merged = (output.to(dtype) / 2, lse + 1)  # what a merge with another part could give
-    gradients = attend_plainly_backward(
-        grad.float(), wide[0], wide[1], wide[2], merged[0].float(), merged[1], mask, scoring
+    wanted = (True, True, True)
+    exact = [output, lse, *attend_plainly_backward(wide, grad.float(), merged[0].float(), merged[1], wanted)]
+    attend, backward = (
+        (attend_flash, attend_flash_backward) if kernel == "flash" else (attend_efficient, attend_efficient_backward)
     )
-    exact = [output, lse]
-    for gradient, like in zip(gradients, (query, key, value), strict=True):
-        exact.append(gradient.unflatten(1, (like.shape[1], -1)).sum(2))
-    if kernel == "flash":
-        found = [*attend_flash(query, key, value, scoring)]
-        found += attend_flash_backward(grad, query, key, value, *merged, scoring)
-    else:
-        found = [*attend_efficient(query, key, value, mask, scoring)]
-        found += attend_efficient_backward(grad, query, key, value, *merged, mask, scoring)
-    errors = [((mine.float() - true).norm() / true.norm()) for mine, true in zip(found, exact, strict=True)]
+    found = [*attend(part), *backward(part, grad, *merged, wanted)]
+    errors = [
+        (mine.float() - true).norm() / true.norm()
+        for mine, true in zip(found, exact, strict=True)
+        if mine is not None and true is not None
+    ]
     return max(error.item() for error in errors)

@@ -1,13 +1,12 @@
-"""The attention function that transformers' modules call while a prefix is active.
+"""The attention function that transformers' modules call while a prefix is due to them.
 
-It is registered in transformers' `AttentionInterface` under `SHARED_PREFIX`. A module calls it when its `config` is
-one made by `with_shared_prefix`, and hands it the prefixes that came in as the keyword argument `PREFIX_ARGUMENT`;
-the masks are still made by the model, for the implementation that the user chose.
+It is registered in transformers' `AttentionInterface` under `SHARED_PREFIX`. The masks are still made by the model, for the
+implementation that the user chose; which prefixes are due, and where the tokens stand, is asked of the module's host
+(`delivery.py`).
 """
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -17,15 +16,18 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 from transformers import AttentionInterface
 
-from .layers import UnsupportedModelError
 from .masks import additive_mask, flash_mask
 from .plain_attention import Scoring
-from .shared_prefix_attention import PrefixPart, concatenated_attention, shared_prefix_attention
+from .probe import UnsupportedModelError, model_config
+from .shared_prefix_attention import (
+    Prefix,
+    PrefixPart,
+    RowPrefixes,
+    concatenated_attention,
+    shared_prefix_attention,
+)
 
 SHARED_PREFIX = "shared_prefix"
-PREFIX_ARGUMENT = "layer_prefixes"
-# Where a configuration made by `with_shared_prefix` keeps the model's own, which says how masks are made.
-_MODEL_CONFIG = "_shared_prefix_model_config"
 
 AttentionPath = Literal["auto", "merged", "concatenated"]
 WindowReading = Literal["windowed", "pinned"]
@@ -33,32 +35,26 @@ WindowReading = Literal["windowed", "pinned"]
 
 @dataclass(frozen=True)
 class LayerPrefix:
-    """A prefix as one attention layer gets it.
+    """A prefix as one attention layer gets it: one for all rows of a batch, or one for each.
 
     Args:
-        key, value: `[num_key_value_heads, num_tokens, key_dim | value_dim]`.
-        rows: Indices of the batch rows that see it; `None` means all.
+        key, value: `[num_key_value_heads, num_tokens, key_dim | value_dim]`, or `[num_prefixes, num_key_value_heads,
+            num_tokens, key_dim | value_dim]` where rows have prefixes of their own, the shorter ones padded with zeros; in
+            the dtype of the queries; what is attended to, where that is not what is cached.
         path: How attention to it is computed; `auto` merges where it can and concatenates where it must (dropout on
             attention weights, attention weights asked for).
         window: What a sliding-window layer makes of it: `windowed`, prefix tokens leave the window as any token does
             (what `past_key_values` would do); `pinned`, they stay visible for ever.
+        lengths: Of prefixes of rows, how many tokens each has, `[num_prefixes]`.
+        index: Of prefixes of rows, which each row has, `[batch]`, -1 for none; `None` where row i has prefix i.
     """
 
     key: Tensor
     value: Tensor
-    rows: Tensor | None = None
     path: AttentionPath = "auto"
     window: WindowReading = "windowed"
-
-
-def with_shared_prefix(config: Any) -> Any:
-    """A copy of a model's configuration for its attention modules, which makes them call `SHARED_PREFIX`."""
-    model_config = getattr(config, _MODEL_CONFIG, config)
-    config = copy.copy(config)
-    # The internal name: the property would also set it on sub-configurations, which the copy shares.
-    config._attn_implementation_internal = SHARED_PREFIX
-    setattr(config, _MODEL_CONFIG, model_config)
-    return config
+    lengths: Tensor | None = None
+    index: Tensor | None = None
 
 
 def shared_prefix_attention_forward(
@@ -78,8 +74,15 @@ def shared_prefix_attention_forward(
 ) -> tuple[Tensor, Tensor | None]:
     """As every function of transformers' `AttentionInterface`: query `[batch, num_heads, q_len, head_dim]`, key and
     value `[batch, num_key_value_heads, kv_len, head_dim]`; gives `[batch, q_len, num_heads, head_dim]` and weights."""
-    prefixes: Sequence[LayerPrefix] = kwargs.pop(PREFIX_ARGUMENT)
-    flash = "flash" in str(getattr(module.config, _MODEL_CONFIG)._attn_implementation)
+    place: Any = module._kv_prefix_place
+    host, layer, number = place
+    forward = host.current_forward()
+    prefixes = [part for due in forward.due for part in due.parts(layer, module, query)]
+    if not torch.compiler.is_compiling():
+        forward.taken.add(number)
+    if forward.positions is not None:
+        position_ids = forward.positions
+    flash = "flash" in str(model_config(module.config)._attn_implementation)
     if (paged_cache := kwargs.pop("cache", None)) is not None:  # continuous batching (`generate_batch`)
         if flash:
             raise UnsupportedModelError(
@@ -117,7 +120,7 @@ def shared_prefix_attention_forward(
         key, value = key[:, :, :q_len], value[:, :, :q_len]
     mask = additive_mask(attention_mask, query, key.shape[2])
     scoring = Scoring(query.shape[-1] ** -0.5 if scaling is None else scaling, softcap, causal)
-    parts = [_part(module, prefix, query, key, position_ids, sliding_window) for prefix in prefixes]
+    parts = [_part(prefix, query, key.shape[2], sliding_window, position_ids) for prefix in prefixes]
     _check_shapes(module, parts, key, value)
     paths = {prefix.path for prefix in prefixes}
     if "concatenated" in paths or dropout > 0 or kwargs.get("output_attentions"):
@@ -135,45 +138,42 @@ def shared_prefix_attention_forward(
 
 
 def _part(
-    module: nn.Module,
-    prefix: LayerPrefix,
-    query: Tensor,
-    key: Tensor,
-    position_ids: Tensor | None,
-    sliding_window: int | None,
-) -> PrefixPart:
-    prefix_key, prefix_value = prefix.key.to(query.dtype), prefix.value.to(query.dtype)
-    num_tokens = prefix_key.shape[1]
-    if not sliding_window or prefix.window == "pinned" or num_tokens + key.shape[2] <= sliding_window:
-        return PrefixPart(*_expand(module, prefix_key, prefix_value), rows=prefix.rows)
-    if position_ids is None:
-        raise ValueError(
-            "A sliding-window layer was called without `position_ids`, so it cannot tell which prefix tokens are still "
-            'in its window. Read the prefix as `pinned` (`sliding_window="pinned"`).'
+    prefix: LayerPrefix, query: Tensor, kv_len: int, sliding_window: int | None, positions: Tensor | None
+) -> Prefix:
+    of_rows = prefix.key.ndim == 4
+    num_tokens = prefix.key.shape[-2]
+    key, value, mask = prefix.key, prefix.value, None
+    if sliding_window and prefix.window == "windowed" and num_tokens + kv_len > sliding_window:
+        if positions is None:
+            raise ValueError(
+                "A sliding-window layer was called without `position_ids`, so it cannot tell which prefix tokens are "
+                'still in its window. Read the prefix as `pinned` (`sliding_window="pinned"`).'
+            )
+        # A prefix token j is seen from position i while i - j < sliding_window; from the first real token on, at
+        # i = num_tokens, all but the last sliding_window - 1 are out of sight.
+        first = 0 if of_rows else max(0, num_tokens - sliding_window + 1)
+        # Models with several position axes tell the text's first; some drop the queries whose logits nobody asks for.
+        positions = (positions[0] if positions.ndim == 3 else positions)[..., -query.shape[2] :]
+        distance = positions.expand(len(query), -1)[..., None] - torch.arange(
+            first, num_tokens, device=positions.device
         )
-    # A prefix token j is seen from position i while i - j < sliding_window; from the first real token on, at
-    # i = num_tokens, all but the last sliding_window - 1 are out of sight.
-    first = max(0, num_tokens - sliding_window + 1)
-    # Models with several position axes tell the text's first; some drop the queries whose logits nobody asks for.
-    positions = (position_ids[0] if position_ids.ndim == 3 else position_ids)[..., -query.shape[2] :]
-    positions = positions.expand(query.shape[0], -1) if prefix.rows is None else positions[prefix.rows]
-    distance = positions[..., None] - torch.arange(first, num_tokens, device=positions.device)
-    mask = torch.zeros(distance.shape, dtype=query.dtype, device=query.device)
-    mask = mask.masked_fill(distance >= sliding_window, torch.finfo(query.dtype).min)
-    return PrefixPart(*_expand(module, prefix_key[:, first:], prefix_value[:, first:]), mask, prefix.rows)
+        mask = torch.zeros(distance.shape, dtype=query.dtype, device=query.device)
+        mask = mask.masked_fill(distance >= sliding_window, torch.finfo(query.dtype).min)
+        key, value = key[..., first:, :], value[..., first:, :]
+    if of_rows:
+        return RowPrefixes(key, value, prefix.lengths, prefix.index, mask)
+    return PrefixPart(key, value, mask)
 
 
-def _expand(module: Any, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+def expand_tokens(module: Any, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
     """Latent attention (MLA) caches compressed keys and values, which the module expands to what is attended to."""
-    if not hasattr(module, "expand_kv"):
-        return key, value
     key, value = module.expand_kv(key[None], value[None])
     return key[0], value[0]
 
 
-def _check_shapes(module: nn.Module, parts: Sequence[PrefixPart], key: Tensor, value: Tensor) -> None:
+def _check_shapes(module: nn.Module, parts: Sequence[Prefix], key: Tensor, value: Tensor) -> None:
     for part in parts:
-        have = (part.key.shape[0], part.key.shape[2], part.value.shape[2])
+        have = (part.key.shape[-3], part.key.shape[-1], part.value.shape[-1])
         want = (key.shape[1], key.shape[3], value.shape[3])
         if have != want:
             raise ValueError(

@@ -1,48 +1,48 @@
-"""Shifting a model's positions past its prefix: the first real token after `p` prefix tokens sits at position `p`."""
+"""Where tokens stand behind a prefix: the first real token after `p` prefix tokens sits at position `p`."""
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-
-Offset = int | Tensor
+from torch import Tensor
 
 
-class PositionShift:
-    """A forward pre-hook (with kwargs) for the module that is given `position_ids`.
+def positions_behind(inputs: dict[str, Any], tokens: Tensor, num_prefix_tokens: int | Tensor) -> Tensor:
+    """The `position_ids` of a decoder's forward behind a prefix.
 
     Args:
-        decoder: The module that the hook is for; see `find_decoder`.
-        offset: Tells, given the batch size, how many prefix tokens stand in front: one number, or one per row
-            (`[batch]`).
+        inputs: The decoder's arguments by name. Positions that are given are moved; otherwise they are those of the real
+            tokens, by attention mask and cache, so that padding in front of a row takes none.
+        tokens: `input_ids` `[batch, q_len]` or `inputs_embeds` `[batch, q_len, hidden_size]`.
+        num_prefix_tokens: One number, or one for each row (`[batch]`).
+
+    Returns:
+        `[batch | 1, q_len]`, or `[axes, batch, q_len]` where a model has several axes of positions.
     """
+    positions = inputs.get("position_ids")
+    if positions is None:
+        positions = _positions_of_tokens(inputs, tokens)
+    if isinstance(num_prefix_tokens, Tensor):
+        num_prefix_tokens = num_prefix_tokens.to(positions.device)[:, None]
+    return positions + num_prefix_tokens
 
-    def __init__(self, decoder: nn.Module, offset: Callable[[int], Offset]) -> None:
-        self.parameters = list(inspect.signature(decoder.forward).parameters)
-        self.offset = offset
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        inputs = {**dict(zip(self.parameters, args, strict=False)), **kwargs}
-        tokens = inputs.get("input_ids") if inputs.get("input_ids") is not None else inputs.get("inputs_embeds")
-        if tokens is None:
-            return None
-        offset = self.offset(tokens.shape[0])
-        if isinstance(offset, int) and offset == 0:
-            return None
-        positions = inputs.get("position_ids")
-        if positions is None:
-            cache = inputs.get("past_key_values")
-            seen = cache.get_seq_length() if cache is not None else 0
-            positions = (torch.arange(tokens.shape[1], device=tokens.device) + seen)[None]
-        if isinstance(offset, Tensor):
-            # [batch] against [batch | 1, q_len], or [axes, batch, q_len] where a model has several position axes
-            offset = offset.to(positions.device)[:, None]
-        positions = positions + offset
-        if "position_ids" in self.parameters[: len(args)]:
-            index = self.parameters.index("position_ids")
-            return (*args[:index], positions, *args[index + 1 :]), kwargs
-        return args, {**kwargs, "position_ids": positions}
+def _positions_of_tokens(inputs: dict[str, Any], tokens: Tensor) -> Tensor:
+    q_len = tokens.shape[1]
+    cache = inputs.get("past_key_values")
+    seen = cache.get_seq_length() if cache is not None else 0
+    mask = inputs.get("attention_mask")
+    if (cu_seq_lens := inputs.get("cu_seq_lens_q")) is not None:  # packed rows: each begins anew
+        index = torch.arange(q_len, device=tokens.device)
+        starts = cu_seq_lens.to(tokens.device, torch.long)
+        return (index - starts[torch.searchsorted(starts, index, right=True) - 1])[None]
+    if isinstance(mask, Tensor) and mask.ndim == 2:
+        positions = (mask != 0).long().cumsum(-1) - 1
+        if mask.shape[1] == q_len:  # the mask of the new tokens alone
+            positions = positions + seen
+        return positions[:, -q_len:].clamp(min=0)
+    if isinstance(mask, Tensor) and mask.ndim == 4:
+        seen_keys = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+        return (seen_keys[:, 0].sum(-1) - 1).clamp(min=0)  # a token stands behind as many as it sees
+    return (torch.arange(q_len, device=tokens.device) + seen)[None]

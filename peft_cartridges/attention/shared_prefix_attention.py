@@ -2,22 +2,31 @@
 
     softmax([q·K_prefix, q·K]) [V_prefix; V]  =  merge(attend(q, K_prefix, V_prefix), attend(q, K, V))
 
-The batch and the query heads of one key/value group are folded into the query axis of the prefix part, so all rows
-meet one copy of the prefix in one product, and nothing of size batch x prefix is stored. Parts are merged by their
-log-sum-exp; each part's backward runs with the merged output and log-sum-exp, which is exact.
+The rows of a batch are folded into the query axis of the prefix part, so all rows meet one copy of the prefix in one
+product, and nothing of size batch x prefix is stored. Parts are merged by their log-sum-exp; each part's backward runs
+with the merged output and log-sum-exp, which is exact.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .kernels import attend, attend_backward, repeat_heads
-from .plain_attention import Scoring
+from .kernels import attend, attend_backward
+from .merge import merge
+from .plain_attention import Gradients, Part, Scoring, Wanted, repeat_heads
+
+# With so many queries of a row to all prefixes of a batch, attending to all and picking one is cheaper than a copy of
+# its prefix for every row.
+_PICKED_QUERIES = 8
+# Blocks of work that keep a GPU's processors busy, two for each of an H100's 132, and the keys of a block in flash
+# attention's backward.
+_GPU_BLOCKS, _BLOCK_KEYS = 264, 128
 
 
 @dataclass(frozen=True)
@@ -37,11 +46,33 @@ class PrefixPart:
     rows: Tensor | None = None
 
 
+@dataclass(frozen=True)
+class RowPrefixes:
+    """A prefix of its own for every row of a batch, in one attention layer; computed in one go for all rows.
+
+    Args:
+        key: `[num_prefixes, num_key_value_heads, num_tokens, key_dim]`; the shorter prefixes padded with zeros.
+        value: `[num_prefixes, num_key_value_heads, num_tokens, value_dim]`.
+        lengths: How many tokens each prefix has, `[num_prefixes]`; `None` where all have `num_tokens`.
+        index: Which prefix each row has, `[batch]`, -1 for none; `None` where row i has prefix i.
+        mask: Additive, `[batch, q_len, num_tokens]`, beside the lengths; `None` where every query sees every token.
+    """
+
+    key: Tensor
+    value: Tensor
+    lengths: Tensor | None = None
+    index: Tensor | None = None
+    mask: Tensor | None = None
+
+
+Prefix = PrefixPart | RowPrefixes
+
+
 def shared_prefix_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    prefixes: Sequence[PrefixPart],
+    prefixes: Sequence[Prefix],
     *,
     mask: Tensor | None = None,
     sinks: Tensor | None = None,
@@ -52,20 +83,45 @@ def shared_prefix_attention(
     Args:
         query: `[batch, num_heads, q_len, key_dim]`.
         key, value: The rows' own, `[batch, num_key_value_heads, kv_len, key_dim | value_dim]`.
-        prefixes: The shared parts.
+        prefixes: The shared parts, and those of single rows.
         mask: Additive mask of the rows' own part, broadcastable to `[batch, num_heads, q_len, kv_len]`.
         sinks: Learned scores `[num_heads]` that take part in the softmax and carry no value (GPT-OSS).
         scoring: Scale, soft cap, and whether the rows' own part is causal (with `mask` then `None`).
 
     Returns:
-        `[batch, num_heads, q_len, value_dim]`, in the dtype of `query`.
+        `[batch, num_heads, q_len, value_dim]`, in the dtype of `query`, or, as from PyTorch's own attention, in
+        autocast's where that is active.
     """
-    tensors = [tensor for part in prefixes for tensor in (part.key, part.value)]
-    about = [(part.mask, part.rows) for part in prefixes]
+    device = query.device.type
+    dtype = torch.promote_types(torch.promote_types(query.dtype, key.dtype), value.dtype)
+    returned = query.dtype
+    if autocast := torch.is_autocast_enabled(device):
+        if dtype != torch.float64:
+            dtype = torch.get_autocast_dtype(device)
+        returned = dtype
+    query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    tensors = [tensor.to(dtype) for prefix in prefixes for tensor in (prefix.key, prefix.value)]
+    mask = _narrowed(mask, dtype)
+    q_len, heads, kv_heads = query.shape[2], query.shape[1], key.shape[1]
+    scores = None if sinks is None else sinks[None, :, None]
+    if packed := q_len == 1 and heads > kv_heads and (mask is None or mask.shape[1] == 1):
+        # One query a row: the heads of a group are as good as that many queries.
+        query = query.reshape(len(query), kv_heads, heads // kv_heads, -1)
+        scores = None if sinks is None else sinks.view(1, kv_heads, -1)
+        scoring = dataclasses.replace(scoring, causal=False)
     inputs = (query, key, value, *tensors) + (() if sinks is None else (sinks,))
+    arguments: tuple[Any, ...] = (query, key, value, scores, mask, scoring, prefixes, *tensors)
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs):
-        return _SharedPrefixAttention.apply(query, key, value, sinks, mask, scoring, about, *tensors)
-    return _forward(query, key, value, sinks, mask, scoring, about, tensors)[0]
+        with torch.autocast(device, enabled=False):
+            output = _SharedPrefixAttention.apply(*arguments)
+    elif autocast:
+        with torch.autocast(device, enabled=False):
+            output = _forward(*arguments)[0]
+    else:
+        output = _forward(*arguments)[0]
+    if packed:
+        output = output.reshape(len(output), heads, 1, -1)
+    return output.to(returned)
 
 
 def _forward(
@@ -75,34 +131,19 @@ def _forward(
     sinks: Tensor | None,
     mask: Tensor | None,
     scoring: Scoring,
-    about: Sequence[tuple[Tensor | None, Tensor | None]],
-    tensors: Sequence[Tensor],
+    prefixes: Sequence[Prefix],
+    *tensors: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """Merged output and merged log-sum-exp."""
-    output, lse = _attend_rows(query, key, value, mask, scoring)
-    outputs, lses = [output], [lse]
-    for (part_mask, rows), part_key, part_value in zip(about, tensors[0::2], tensors[1::2], strict=True):
-        part_query = query if rows is None else query[rows]
-        part_output, part_lse = _attend_prefix(part_query, part_key, part_value, part_mask, scoring)
-        if rows is not None:
-            part_output = torch.zeros_like(output).index_copy_(0, rows, part_output)
-            part_lse = torch.full_like(lse, float("-inf")).index_copy_(0, rows, part_lse)
-        outputs.append(part_output)
-        lses.append(part_lse)
-    if len(lses) == 2 and sinks is None:
-        # The second part's weight is exp(lse2) / (exp(lse1) + exp(lse2)).
-        weight = (lses[1] - lses[0]).sigmoid_()[..., None].to(query.dtype)
-        one, other = (part.to(query.dtype) for part in outputs)  # autocast may have rounded them
-        return torch.lerp(one, other, weight), torch.logaddexp(lses[0], lses[1])
-    extra = [] if sinks is None else [sinks.to(lse.dtype)[None, :, None].expand_as(lse)]
-    merged_lse = torch.stack([*lses, *extra]).logsumexp(0)
-    # In the queries' dtype: products of two dtypes are several times slower on a CPU, and more exact by no more than
-    # what the result is rounded to.
-    weights = [(part_lse - merged_lse).exp()[..., None].to(query.dtype) for part_lse in lses]
-    merged = outputs[0] * weights[0]
-    for part_output, weight in zip(outputs[1:], weights[1:], strict=True):
-        merged.addcmul_(part_output, weight)
-    return merged, merged_lse
+    whole = dataclasses.replace(scoring, causal=False)
+    parts = [attend(Part(query, key, value, mask, scoring))]
+    for prefix, prefix_key, prefix_value in zip(prefixes, tensors[0::2], tensors[1::2], strict=True):
+        if isinstance(prefix, PrefixPart):
+            parts.append(_attend_shared(prefix, query, prefix_key, prefix_value, whole))
+        else:
+            parts.append(_attend_by_row(prefix, query, prefix_key, prefix_value, whole))
+    outputs, lses = zip(*parts, strict=True)
+    return merge(outputs, lses, sinks)
 
 
 class _SharedPrefixAttention(torch.autograd.Function):
@@ -115,102 +156,203 @@ class _SharedPrefixAttention(torch.autograd.Function):
         sinks: Tensor | None,
         mask: Tensor | None,
         scoring: Scoring,
-        about: Sequence[tuple[Tensor | None, Tensor | None]],
+        prefixes: Sequence[Prefix],
         *tensors: Tensor,
     ) -> Tensor:
-        output, lse = _forward(query, key, value, sinks, mask, scoring, about, tensors)
-        ctx.save_for_backward(query, key, value, sinks, mask, output, lse, *tensors)
-        ctx.scoring, ctx.about = scoring, about
-        return output
+        output, lse = _forward(query, key, value, sinks, mask, scoring, prefixes, *tensors)
+        # CPU kernels take the output as the merge gave it, which makes the small gradients of large scores exact.
+        saved = output if query.device.type == "cpu" else output.to(query.dtype)
+        ctx.save_for_backward(query, key, value, sinks, mask, saved, lse, *tensors)
+        ctx.scoring, ctx.prefixes = scoring, prefixes
+        return output.to(query.dtype)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, sinks, mask, output, lse, *tensors = ctx.saved_tensors
-        grad = grad.contiguous()
-        d_query, d_key, d_value = attend_backward(grad, query, key, value, output, lse, mask, ctx.scoring)
-        d_tensors: list[Tensor] = []
-        for (part_mask, rows), part_key, part_value in zip(ctx.about, tensors[0::2], tensors[1::2], strict=True):
-            g, q, out, total = (t if rows is None else t[rows] for t in (grad, query, output, lse))
-            d_part, *d_prefix = _attend_prefix_backward(g, q, out, total, part_key, part_value, part_mask, ctx.scoring)
-            d_query = d_query + d_part if rows is None else d_query.index_add(0, rows, d_part)
-            d_tensors.extend(d_prefix)
-        d_sinks = None
-        if sinks is not None and ctx.needs_input_grad[3]:
-            weight = (sinks[None, :, None] - lse).exp()
-            d_sinks = -(weight * (grad * output).sum(-1)).sum((0, 2)).to(sinks.dtype)
-        return d_query, d_key, d_value, d_sinks, None, None, None, *d_tensors
+        with torch.autocast(grad.device.type, enabled=False):
+            return _backward(ctx, grad.contiguous())
 
 
-# -- the rows' own part ----------------------------------------------------------------------------------------------
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    query, key, value, sinks, mask, output, lse, *tensors = ctx.saved_tensors
+    scoring = ctx.scoring
+    wants_query, *wants_own = ctx.needs_input_grad[:3]
+    own = Part(query, key, value, mask, scoring)
+    d_query, d_key, d_value = attend_backward(own, grad, output, lse, (wants_query, *wants_own))
+    whole = dataclasses.replace(scoring, causal=False)
+    d_tensors: list[Tensor | None] = []
+    for number, prefix in enumerate(ctx.prefixes):
+        prefix_key, prefix_value = tensors[2 * number : 2 * number + 2]
+        wanted = (wants_query, *ctx.needs_input_grad[7 + 2 * number : 9 + 2 * number])
+        function: Callable[..., Gradients]
+        function = _attend_shared_backward if isinstance(prefix, PrefixPart) else _attend_by_row_backward
+        d_part, *d_prefix = function(prefix, query, prefix_key, prefix_value, whole, grad, output, lse, wanted)
+        d_tensors.extend(d_prefix)
+        if d_query is not None and d_part is not None:
+            rows = prefix.rows if isinstance(prefix, PrefixPart) else None
+            d_query = d_query.add_(d_part) if rows is None else d_query.index_add_(0, rows, d_part.to(d_query.dtype))
+    d_sinks = None
+    if sinks is not None and ctx.needs_input_grad[3]:
+        products = (sinks - lse).exp() * (grad * output).sum(-1)
+        d_sinks = -products.sum_to_size(sinks.shape).to(sinks.dtype)
+    return (
+        *(_rounded(tensor, query.dtype) for tensor in (d_query, d_key, d_value)),
+        *(d_sinks, None, None, None),
+        *(_rounded(tensor, query.dtype) for tensor in d_tensors),
+    )
 
 
-def _attend_rows(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scoring: Scoring
+def _rounded(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return None if tensor is None else tensor.to(dtype)
+
+
+# -- a prefix of many rows: one copy of keys and values, the whole batch as its queries ------------------------------
+
+
+def _attend_shared(
+    prefix: PrefixPart, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring
 ) -> tuple[Tensor, Tensor]:
-    batch, heads, q_len, _ = query.shape
-    groups = heads // key.shape[1]
-    if q_len == 1 and groups > 1 and (mask is None or mask.shape[1] == 1):
-        # One query per row: the heads of a group are as good as that many queries, and nothing needs repeating.
-        packed = query.reshape(batch, key.shape[1], groups, -1)
-        output, lse = attend(packed, key, value, mask, Scoring(scoring.scale, scoring.softcap))
-        return output.reshape(batch, heads, 1, -1), lse.reshape(batch, heads, 1)
-    return attend(query, key, value, mask, scoring)
+    rows, batch, like = prefix.rows, len(query), query
+    if rows is not None:
+        query = query[rows]
+    output, lse = attend(Part(_fold(query, 1), key[None], value[None], _fold_mask(prefix.mask, query, 1), scoring))
+    output, lse = _unfold(output, len(query)), _unfold(lse[..., None], len(query)).squeeze(-1)
+    if rows is not None:
+        output = output.new_zeros(batch, *output.shape[1:]).index_copy_(0, rows, output)
+        lse = lse.new_full(like.shape[:3], float("-inf")).index_copy_(0, rows, lse)
+    return output, lse
 
 
-# -- the prefix part: one copy of keys and values, the whole batch as its queries ------------------------------------
-
-
-def _attend_prefix(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scoring: Scoring
-) -> tuple[Tensor, Tensor]:
-    batch, heads, q_len, _ = query.shape
-    kv_heads = key.shape[0]
-    whole = Scoring(scoring.scale, scoring.softcap)
-    output, lse = attend(_fold(query, kv_heads), key[None], value[None], _fold_mask(mask, heads // kv_heads), whole)
-    return _unfold(output, batch, heads, q_len), _unfold(lse[..., None], batch, heads, q_len).squeeze(-1)
-
-
-def _attend_prefix_backward(
-    grad: Tensor,
+def _attend_shared_backward(
+    prefix: PrefixPart,
     query: Tensor,
-    output: Tensor,
-    lse: Tensor,
     key: Tensor,
     value: Tensor,
-    mask: Tensor | None,
     scoring: Scoring,
-) -> tuple[Tensor, Tensor, Tensor]:
-    batch, heads, q_len, _ = query.shape
-    kv_heads = key.shape[0]
-    d_query, d_key, d_value = attend_backward(
-        _fold(grad, kv_heads),
-        _fold(query, kv_heads),
-        key[None],
-        value[None],
-        _fold(output, kv_heads),
-        _fold(lse[..., None], kv_heads).squeeze(-1),
-        _fold_mask(mask, heads // kv_heads),
-        Scoring(scoring.scale, scoring.softcap),
+    grad: Tensor,
+    output: Tensor,
+    lse: Tensor,
+    wanted: Wanted,
+) -> Gradients:
+    if prefix.rows is not None:
+        query, grad, output, lse = (tensor[prefix.rows] for tensor in (query, grad, output, lse))
+    batch, splits = len(query), _pseudo_batches(query, key)
+    part = Part(
+        _fold(query, splits),
+        key.expand(splits, *key.shape),
+        value.expand(splits, *value.shape),
+        _fold_mask(prefix.mask, query, splits),
+        scoring,
     )
-    return _unfold(d_query, batch, heads, q_len), d_key[0], d_value[0]
+    folded = (_fold(grad, splits), _fold(output, splits), _fold(lse[..., None], splits).squeeze(-1))
+    d_query, d_key, d_value = attend_backward(part, *folded, wanted)
+    return (
+        None if d_query is None else _unfold(d_query, batch),
+        None if d_key is None else d_key.sum(0),
+        None if d_value is None else d_value.sum(0),
+    )
 
 
-def _fold(tensor: Tensor, kv_heads: int) -> Tensor:
-    """`[batch, heads, q_len, dim]` to `[1, kv_heads, groups * batch * q_len, dim]`."""
-    folded = tensor.unflatten(1, (kv_heads, -1)).permute(1, 2, 0, 3, 4)
-    return folded.reshape(1, kv_heads, -1, tensor.shape[-1])
+def _pseudo_batches(query: Tensor, key: Tensor) -> int:
+    """Into how many batches the queries to one prefix are split for the backward, which works on the heads of a batch
+    side by side but on the queries of a head one after another: so many that all processors have work."""
+    batch, heads, kv_heads = query.shape[0], query.shape[1], key.shape[0]
+    if query.is_cuda:
+        blocks = heads * -(-key.shape[1] // _BLOCK_KEYS)
+        enough = -(-_GPU_BLOCKS // blocks)
+    else:
+        enough = torch.get_num_threads() if kv_heads % torch.get_num_threads() else 1
+    return next((splits for splits in range(min(enough, batch), batch) if batch % splits == 0), batch)
 
 
-def _unfold(tensor: Tensor, batch: int, heads: int, q_len: int) -> Tensor:
+def _fold(tensor: Tensor, splits: int) -> Tensor:
+    """`[batch, heads, q_len, dim]` to `[splits, heads, batch / splits * q_len, dim]`; no copy where, as models have it,
+    heads lie behind tokens in memory."""
+    return tensor.unflatten(0, (splits, -1)).transpose(1, 2).flatten(2, 3)
+
+
+def _unfold(tensor: Tensor, batch: int) -> Tensor:
     """The inverse of `_fold`."""
-    kv_heads = tensor.shape[1]
-    return tensor.reshape(kv_heads, heads // kv_heads, batch, q_len, -1).permute(2, 0, 1, 3, 4).flatten(1, 2)
+    return tensor.unflatten(2, (batch // len(tensor), -1)).transpose(1, 2).flatten(0, 1)
 
 
-def _fold_mask(mask: Tensor | None, groups: int) -> Tensor | None:
-    """`[batch, q_len, num_tokens]` to `[1, 1, groups * batch * q_len, num_tokens]`."""
-    return None if mask is None else mask.flatten(0, 1).repeat(groups, 1)[None, None]
+def _fold_mask(mask: Tensor | None, query: Tensor, splits: int) -> Tensor | None:
+    """`[batch, q_len, num_tokens]` to `[splits, 1, batch / splits * q_len, num_tokens]`."""
+    if mask is None:
+        return None
+    mask = mask.expand(-1, query.shape[2], -1)  # where a row's query heads stand as queries
+    return _narrowed(mask, query.dtype).reshape(splits, 1, -1, mask.shape[-1])  # type: ignore[union-attr]
+
+
+# -- a prefix of its own for every row ------------------------------------------------------------------------------
+
+
+def _attend_by_row(
+    prefix: RowPrefixes, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring
+) -> tuple[Tensor, Tensor]:
+    if prefix.index is None or prefix.mask is not None or len(key) * query.shape[2] > _PICKED_QUERIES:
+        key, value = _of_rows(prefix, key), _of_rows(prefix, value)
+        return attend(Part(query, key, value, _row_mask(prefix, query, prefix.index), scoring))
+    batch, rows = len(query), torch.arange(len(query), device=query.device)
+    everyone = _fold(query, 1).expand(len(key), -1, -1, -1)
+    output, lse = attend(Part(everyone, key, value, _row_mask(prefix, query, None), scoring))
+    output, lse = (_fold_back(tensor, batch)[prefix.index, rows] for tensor in (output, lse[..., None]))
+    return output, lse.squeeze(-1).masked_fill((prefix.index < 0)[:, None, None], float("-inf"))
+
+
+def _fold_back(tensor: Tensor, batch: int) -> Tensor:
+    """`[num_prefixes, heads, batch * q_len, dim]` to `[num_prefixes, batch, heads, q_len, dim]`."""
+    return tensor.unflatten(2, (batch, -1)).transpose(1, 2)
+
+
+def _attend_by_row_backward(
+    prefix: RowPrefixes,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scoring: Scoring,
+    grad: Tensor,
+    output: Tensor,
+    lse: Tensor,
+    wanted: Wanted,
+) -> Gradients:
+    mask = _row_mask(prefix, query, prefix.index)
+    part = Part(query, _of_rows(prefix, key), _of_rows(prefix, value), mask, scoring)
+    d_query, *gradients = attend_backward(part, grad, output, lse, wanted)
+    if prefix.index is not None:
+        index = prefix.index.clamp(min=0)
+        for number, (tensor, like) in enumerate(zip(gradients, (key, value), strict=True)):
+            if tensor is not None:
+                gradients[number] = tensor.new_zeros(like.shape).index_add_(0, index, tensor)
+    return d_query, *gradients  # type: ignore[return-value]
+
+
+def _of_rows(prefix: RowPrefixes, tensor: Tensor) -> Tensor:
+    """`[num_prefixes, …]` to `[batch, …]`."""
+    return tensor if prefix.index is None else tensor.index_select(0, prefix.index.clamp(min=0))
+
+
+def _row_mask(prefix: RowPrefixes, query: Tensor, index: Tensor | None) -> Tensor | None:
+    """Additive, `[batch, 1, q_len | 1, num_tokens]`, or, without `index`, by prefix instead of by row."""
+    mask = None if prefix.mask is None else _narrowed(prefix.mask, query.dtype)[:, None]  # type: ignore[index]
+    if prefix.lengths is None and index is None:
+        return mask
+    num_tokens, lengths = prefix.key.shape[2], prefix.lengths
+    if index is not None:
+        lengths = index.new_full((), num_tokens) if lengths is None else _of_rows(prefix, lengths)
+        lengths = torch.where(index < 0, 0, lengths)
+    assert lengths is not None
+    hidden = torch.arange(num_tokens, device=query.device) >= lengths[:, None, None, None]
+    if mask is None:
+        mask = query.new_zeros(1)
+    return torch.where(hidden, torch.finfo(query.dtype).min, mask)
+
+
+def _narrowed(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """An additive mask in another dtype, whose lowest numbers stay finite."""
+    if mask is None or mask.dtype == dtype:
+        return mask
+    return mask.clamp(min=torch.finfo(dtype).min).to(dtype)
 
 
 # -- the reference ---------------------------------------------------------------------------------------------------
@@ -220,7 +362,7 @@ def concatenated_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    prefixes: Sequence[PrefixPart],
+    prefixes: Sequence[Prefix],
     *,
     mask: Tensor | None = None,
     sinks: Tensor | None = None,
@@ -239,6 +381,13 @@ def concatenated_attention(
     hidden = torch.finfo(query.dtype).min
     key_parts, value_parts, masks = [], [], []
     for part in prefixes:
+        if isinstance(part, RowPrefixes):
+            key_parts.append(_of_rows(part, part.key))
+            value_parts.append(_of_rows(part, part.value))
+            seen = _row_mask(part, query, part.index)
+            num_tokens = part.key.shape[2]
+            masks.append(query.new_zeros(batch, 1, q_len, num_tokens) if seen is None else seen)
+            continue
         num_tokens = part.key.shape[1]
         key_parts.append(part.key.expand(batch, *part.key.shape))
         value_parts.append(part.value.expand(batch, *part.value.shape))
@@ -252,7 +401,7 @@ def concatenated_attention(
     own = query.new_zeros(batch, 1, q_len, key.shape[2]) if mask is None else mask.expand(batch, -1, q_len, -1)
     if scoring.causal:
         own = own.masked_fill(torch.ones(own.shape[-2:], dtype=torch.bool, device=own.device).triu(1), hidden)
-    masks = [part.expand(batch, own.shape[1], -1, -1) for part in masks]
+    masks = [part.expand(batch, own.shape[1], q_len, -1) for part in masks]
     keys, values = torch.cat([*key_parts, key], dim=2), torch.cat([*value_parts, value], dim=2)
     scores = query @ repeat_heads(keys, groups).transpose(-1, -2) * scoring.scale
     if scoring.softcap is not None:

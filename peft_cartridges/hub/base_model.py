@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from ..adapter_folder import read_config
-from ..attention.layers import find_attention_layers, get_text_config
+from ..attention.probe import find_attention_layers, get_text_config
 from ..tuner.config import CartridgeConfig
 from .card_facts import BaseIdentity, CardFacts, load_facts
 from .model_card import is_hub_name

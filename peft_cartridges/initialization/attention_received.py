@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..attention.context import shared_prefix
-from ..attention.layers import find_attention_layers, find_decoder
+from ..attention.delivery import shared_prefix
+from ..attention.probe import find_attention_layers, get_decoder
 from ..kv_prefix import KVPrefix, evaluating
 
 
@@ -28,9 +28,9 @@ def attention_received(model: nn.Module, prefix: KVPrefix, rows: Iterable[Sequen
         stack.enter_context(evaluating(model))
         stack.enter_context(shared_prefix(model, prefix, attention="concatenated"))
         for layer, score in zip(layers, scores, strict=True):
-            for module in (layer.module, *(reader for _, reader in layer.readers)):
+            for module in layer.modules:
                 stack.callback(module.register_forward_hook(_Collect(score)).remove)
-        _, decoder = find_decoder(model, layers)  # without the head: nobody asks for logits
+        decoder = get_decoder(model)  # without the head: nobody asks for logits
         device = next(model.parameters()).device
         for row in rows:
             decoder(input_ids=torch.tensor([list(row)], device=device), use_cache=False)

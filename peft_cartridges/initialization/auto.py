@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from ..attention.layers import UnsupportedModelError
+from ..attention.probe import UnsupportedModelError
 from ..kv_prefix import KVPrefix
 from .first_tokens import first_tokens
 from .most_attended import most_attended

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..attention.layers import get_text_config
+from ..attention.probe import get_text_config
 from ..chat import ChatCodec
 from ..kv_prefix import KVPrefix
 from .attention_received import attention_received

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..attention.layers import UnsupportedModelError, find_attention_layers, find_decoder
-from ..attention.positions import PositionShift
+from ..attention.probe import UnsupportedModelError
+from ..attention.reading import read_prefix
 from ..kv_prefix import KVPrefix
 
 # Shares of a head's dimensions that architectures turn; the rest of the dimensions carries no position.
@@ -39,7 +39,7 @@ def move_prefix(model: nn.Module, prefix: KVPrefix, distance: int, probe: Sequen
     if distance == 0:
         return prefix
     start = max(0, -distance)
-    before, after = (_read_at(model, probe, position) for position in (start, start + distance))
+    before, after = (read_prefix(model, probe, position=at) for at in (start, start + distance))
     moved = []
     # Latent attention keeps the part of the keys that has positions where others have their values.
     for tensors, old, new in ((prefix.keys, before.keys, after.keys), (prefix.values, before.values, after.values)):
@@ -90,12 +90,3 @@ def _pairings(dim: int, device: torch.device) -> list[tuple[Tensor, Tensor]]:
     sizes = dict.fromkeys(int(dim * share) // 2 * 2 for share in _ROTARY_SHARES)
     halves = [(indices[: size // 2], indices[size // 2 : size]) for size in sizes if size]
     return [*halves, (indices[: dim // 2 * 2 : 2], indices[1 : dim // 2 * 2 : 2])]
-
-
-def _read_at(model: nn.Module, ids: Sequence[int], position: int) -> KVPrefix:
-    _, decoder = find_decoder(model, find_attention_layers(model, skip_unsupported=True))
-    shift = decoder.register_forward_pre_hook(PositionShift(decoder, lambda _: position), with_kwargs=True)
-    try:
-        return KVPrefix.from_input_ids(model, ids)
-    finally:
-        shift.remove()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
-from ..attention.layers import get_text_config
+from ..attention.probe import get_text_config
 from ..chat import get_tokenizer
 from ..conversations import read_provenance
 from ..conversations.provenance import FORMAT

@@ -8,7 +8,7 @@ from typing import Any
 
 from peft import PeftModel
 
-from ..attention.layers import get_text_config
+from ..attention.probe import get_text_config
 from ..chat import ChatCodec
 from ..evaluation.context_gap import ContextGap, measure_context_gap
 from ..evaluation.gold_answers import gold_answer_nll

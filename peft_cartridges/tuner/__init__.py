@@ -1,10 +1,7 @@
-"""The PEFT tuner for cartridges. Importing this registers it with PEFT."""
+"""The PEFT tuner for cartridges."""
 
 from .config import CartridgeConfig
 from .layer import CartridgeLayer
 from .model import CartridgeModel
-from .registration import register
-
-register()
 
 __all__ = ["CartridgeConfig", "CartridgeLayer", "CartridgeModel"]

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
+from huggingface_hub import HfApi, hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from peft import PeftConfig
 from peft.utils import PeftType, TaskType
+
+from .file_format import WEIGHTS_FILE, missing_weights, read_prefix
 
 # Fields of ours that stock PEFT does not know. They are written only where they say something, so that stock PEFT
 # reads our files without a warning.
@@ -105,6 +110,7 @@ class CartridgeConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType.CARTRIDGE
+        self._read_from: str | None = None  # where its weights are to come from, until they are loaded
         # Set by the tuner from the model; PEFT's injection looks for it on every configuration.
         self.target_modules: set[str] | None = None
         if self.task_type is None:
@@ -144,6 +150,69 @@ class CartridgeConfig(PeftConfig):
         if not isinstance(frozen, int) or isinstance(frozen, bool) or not 0 <= frozen <= self.num_tokens:
             raise ValueError(
                 f"`num_frozen_tokens` must be between 0 and `num_tokens` ({self.num_tokens}), got {frozen!r}."
+            )
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
+    ) -> CartridgeConfig:
+        """As PEFT's. Everything in PEFT that loads an adapter comes here first, so the weights beside the configuration
+        are checked too, before a model is changed or memory taken for them. A configuration may also stand alone.
+
+        Raises:
+            ValueError: a field is out of its range, the weights are pickled only, damaged, or do not belong to the
+                configuration.
+        """
+        name, hub_options = pretrained_model_name_or_path, cls._split_kwargs(kwargs)[0]
+        config = super().from_pretrained(name, subfolder=subfolder, **kwargs)
+        folder = Path(name, subfolder or "")
+        if folder.is_dir():
+            path, beside = folder / WEIGHTS_FILE, [file.name for file in folder.iterdir()]
+        else:
+            try:
+                path, beside = Path(hf_hub_download(name, WEIGHTS_FILE, subfolder=subfolder, **hub_options)), []
+            except LocalEntryNotFoundError:
+                raise  # no connection
+            except EntryNotFoundError:
+                options = {option: hub_options.get(option) for option in ("revision", "repo_type", "token")}
+                files = [Path(file) for file in HfApi().list_repo_files(name, **options)]
+                path, beside = folder / WEIGHTS_FILE, [f.name for f in files if f.parent == Path(subfolder or "")]
+        if path.is_file():
+            read_prefix(path, config)
+        elif isinstance(error := missing_weights(name, beside), ValueError):
+            raise error
+        config._read_from = str(folder)
+        return config
+
+    def check_shape(self) -> None:
+        """Raises:
+        ValueError: what a base model fills in is missing or out of its range; the message names the field.
+        """
+        if self.layer_shapes is None:
+            for name in ("num_layers", "num_attention_heads", "token_dim"):
+                if type(value := getattr(self, name)) is not int or value < 1:
+                    raise ValueError(f"`{name}` must be a whole number of at least 1, got {value!r}.")
+            if self.token_dim % self.num_attention_heads:  # type: ignore[operator]
+                raise ValueError(f"`token_dim` ({self.token_dim}) is no multiple of `num_attention_heads`.")
+            return
+        shapes = self.layer_shapes
+        held = [shape for shape in shapes if shape is not None] if isinstance(shapes, list) else []
+        sizes = [size for shape in held for size in (shape if isinstance(shape, list) and len(shape) == 3 else [0])]
+        if not held or not all(type(size) is int and size > 0 for size in sizes):
+            raise ValueError("`layer_shapes` must be a list of [num_key_value_heads, key_dim, value_dim].")
+
+    def check_window(self, model_config: Any) -> None:
+        """Holds the length against the positions that a model has.
+
+        Raises:
+            ValueError: no position is left for a token behind the cartridge.
+        """
+        window = getattr(model_config, "max_position_embeddings", None)
+        grows = "dynamic" in str(getattr(model_config, "rope_parameters", None))
+        if type(window) is int and not grows and self.num_tokens is not None and self.num_tokens >= window:
+            raise ValueError(
+                f"`num_tokens={self.num_tokens}`, but the model has {window} positions (`max_position_embeddings`), and "
+                f"the conversation needs some too: give at most {window - 1}, better far less."
             )
 
     def to_dict(self) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Iterator
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -14,12 +15,17 @@ from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from ..attention.layers import find_attention_layers, find_decoder
-from ..attention.positions import PositionShift
+from ..attention.delivery import DuePrefix, prefix_host
+from ..attention.probe import find_attention_layers, get_text_config
 from ..kv_prefix import KVPrefix
+from .buffers import JoinedTokens
 from .config import LAYER_FORMAT, CartridgeConfig
+from .due import BASE_ROW, AdapterOfRows, Composition, adapters_of_rows
 from .file_format import is_cartridge_tensor, prefix_to_tensors, tensors_to_prefix
-from .layer import BASE_ROW, CartridgeLayer
+from .layer import CartridgeLayer
+
+# The adapter of each row, in this thread or task, and the tuner that it is for.
+_ROWS: ContextVar[tuple[Any, tuple[str, ...]]] = ContextVar("kv_prefix_rows", default=(None, ()))
 
 _PARTS = ("kv_prefix_frozen_key", "kv_prefix_key", "kv_prefix_frozen_value", "kv_prefix_value")
 
@@ -53,6 +59,8 @@ class CartridgeModel(BaseTuner):
             )
         # Another tuner on the same model (a LoRA) keeps its adapters, and we ours: PEFT would make one dictionary of
         # them, in which two adapters of one name would be one.
+        # What becomes of the adapters in a forward; not to be registered as modules.
+        self.__dict__.update(_host=None, _layers=[], _joined={}, _of_rows={}, _hooks=[])
         beside = getattr(model, "peft_config", None)
         if beside is not None:
             self.peft_config = {}
@@ -65,6 +73,7 @@ class CartridgeModel(BaseTuner):
     # -- injection ---------------------------------------------------------------------------------------------------
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
+        peft_config.check_window(get_text_config(self.model))
         layers = find_attention_layers(self.model, skip_unsupported=peft_config.skip_unsupported_layers)
         shapes = [(layer.num_key_value_heads, layer.key_dim, layer.value_dim) for layer in layers]
         indices = [layer.layer_idx for layer in layers]
@@ -88,11 +97,11 @@ class CartridgeModel(BaseTuner):
                     + (f"Load the base model that it was trained on: {base!r}." if base else "Load its base model.")
                 )
             setattr(peft_config, name, value)
-        # Each wrapped module by name, with the layer whose keys and values it attends to: mostly its own.
+        by_module = {layer.module: layer for layer in layers}
         self._attention_layers = {
-            name.removesuffix(".base_layer"): layer
-            for layer in layers
-            for name in (layer.name, *(reader for reader, _ in layer.readers))
+            name.removesuffix(".base_layer"): by_module[module]
+            for name, module in self.model.named_modules()
+            if module in by_module
         }
         peft_config.target_modules = set(self._attention_layers)
         return peft_config
@@ -108,31 +117,25 @@ class CartridgeModel(BaseTuner):
         parameter_name: str | None = None,
     ) -> None:
         if not isinstance(target, CartridgeLayer):
-            layer = self._attention_layers[current_key]
-            holder = layer.name.removesuffix(".base_layer")  # comes first in the model
-            source = None if holder == current_key else self.model.get_submodule(holder)
-            target = CartridgeLayer(target, layer, source)
+            target = CartridgeLayer(target, self._attention_layers[current_key])
             setattr(parent, target_name, target)
         target.update_layer(adapter_name, peft_config)
 
     def _post_injection_hook(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
-        first = self.cartridge_layers()[0]
-        if not first.hooks:
-            _, decoder = find_decoder(model, self._attention_layers.values())
-            shift = PositionShift(decoder, first.prefix_lengths)
-            first.hooks.append(decoder.register_forward_pre_hook(shift, with_kwargs=True))
+        self._joined.clear()
+        self._layers[:] = self.cartridge_layers()
+        if self._host is None:
+            self.__dict__["_host"] = host = prefix_host(model, skip_unsupported=True)
+            # Another one around the same layers, as in a notebook whose cell is run twice, gives way.
+            host.sources[:] = [source for source in host.sources if not isinstance(source, CartridgeModel)]
+            host.sources.append(self)
             if isinstance(head := _output_embeddings(model), nn.Module):
-                first.hooks.append(head.register_forward_pre_hook(_contiguous_input))
+                self._hooks.append(head.register_forward_pre_hook(_contiguous_input))
 
     def cartridge_layers(self) -> list[CartridgeLayer]:
         """The wrapped attention layers that hold cartridges, ordered by layer index."""
-        layers = [module for module in self.model.modules() if _holds_cartridges(module)]
-        return sorted(layers, key=lambda layer: layer.base_layer.layer_idx)
-
-    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
-        for layer in self.cartridge_layers():  # PEFT makes new parameters, all of which learn
-            layer.freeze_sink(adapter_name)
+        layers = [module for module in self.model.modules() if isinstance(module, CartridgeLayer)]
+        return sorted(layers, key=lambda layer: layer.layer_idx)
 
     def _unload_and_optionally_merge(  # type: ignore[override] # PEFT's says None, and returns the model too
         self, merge: bool = True, *args: Any, **kwargs: Any
@@ -143,30 +146,43 @@ class CartridgeModel(BaseTuner):
         for name, module in list(self.model.named_modules()):
             parent, _, child = name.rpartition(".")
             if isinstance(module, CartridgeLayer):
-                setattr(self.model.get_submodule(parent), child, module.restore())
+                setattr(self.model.get_submodule(parent), child, module.base_layer)
             elif self._is_ours(module):
                 unloaded = module.unload_and_optionally_merge_module(False, False, None)
                 setattr(self.model.get_submodule(parent), child, unloaded)
         if getattr(self.model, "peft_config", None) is self.peft_config:
             del self.model.peft_config
+        self._leave_host()
         return self.model
 
+    def _leave_host(self) -> None:
+        while self._hooks:
+            self._hooks.pop().remove()
+        if self._host is not None:
+            self._host.sources[:] = [source for source in self._host.sources if source is not self]
+            if not self._host.sources and not self._host.contexts:
+                self._host.remove()
+            self.__dict__["_host"] = None
+
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
-        """Makes an adapter active, or several: a composition, their prefixes in that order.
+        """Makes an adapter active, or several: a composition, their prefixes in that order. A name given twice counts
+        once.
 
         Raises:
-            ValueError: no name is given, or the adapters read sliding windows differently.
+            ValueError: a name is not loaded, none is given, or the adapters read sliding windows differently.
         """
-        names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
-        if not names:
+        names = [adapter_name] if isinstance(adapter_name, str) else list(dict.fromkeys(adapter_name))
+        if not names and self.active_adapters:  # none is active once the last one is deleted
             raise ValueError("`adapter_name` is empty: name at least one adapter, or use `disable_adapter()` for none.")
+        for name in names:
+            self._check_adapter(name)
         readings = {self._config_of(name).sliding_window for name in names}
         if len(readings) > 1:
             raise ValueError(
                 f"The adapters {', '.join(names)} cannot be composed: their `sliding_window` differs "
                 f"({', '.join(sorted(readings))}). Set it to the same value in their configurations."
             )
-        super().set_adapter(adapter_name, inference_mode=inference_mode)
+        super().set_adapter(names, inference_mode=inference_mode)
 
     def _enable_adapter_layers(self, enabled: bool = True) -> None:
         # Not PEFT's own, which would also switch a LoRA in the same model.
@@ -190,14 +206,51 @@ class CartridgeModel(BaseTuner):
             raise ValueError("`adapter_names` is for inference: call `model.eval()` first.")
         if unknown := sorted(set(names) - set(self.peft_config) - {BASE_ROW}):
             raise ValueError(f"`adapter_names` has names that are not loaded: {', '.join(unknown)}.")
-        layers = [module for module in self.model.modules() if isinstance(module, CartridgeLayer)]
+        assert self._host is not None
+        held = _ROWS.set((self, tuple(names)))
+        self._host.count_context(1)
         try:
-            for layer in layers:
-                layer.set_row_adapters(list(names))
             yield
         finally:
-            for layer in layers:
-                layer.set_row_adapters(None)
+            self._host.count_context(-1)
+            _ROWS.reset(held)
+
+    # -- what is due to a forward (see `attention/delivery.py`) ------------------------------------------------------
+
+    def is_due(self) -> bool:
+        return any(name in self.peft_config for name in self._names_due())
+
+    def due(self, batch_size: int, continues: bool) -> list[DuePrefix]:
+        names = self._names_due()
+        if self._rows() is None:
+            return [self._composition(names, continues)] if names else []
+        in_use = [name for name in dict.fromkeys(names) if name != BASE_ROW]
+        key = (names, batch_size)
+        if not continues or key not in self._of_rows:
+            compositions = {name: self._composition((name,), continues) for name in in_use}
+            self._of_rows.clear()
+            self._of_rows[key] = AdapterOfRows(compositions, adapters_of_rows(names, batch_size))
+        return [self._of_rows[key]] if in_use else []
+
+    def _rows(self) -> tuple[str, ...] | None:
+        if torch.compiler.is_compiling():
+            return None
+        tuner, names = _ROWS.get()
+        return names if tuner is self else None
+
+    def _names_due(self) -> tuple[str, ...]:
+        first = self._layers[0]
+        if first.disable_adapters:
+            return ()
+        rows = self._rows()
+        return tuple(name for name in first.active_adapters if name in first.adapter_configs) if rows is None else rows
+
+    def _composition(self, names: tuple[str, ...], continues: bool) -> Composition:
+        if names not in self._joined:
+            self._joined[names] = JoinedTokens(self._layers, names)
+        if not continues:
+            self._joined[names].begin()
+        return Composition(self._joined[names], [layer.expands for layer in self._host.layers])
 
     # -- the prefix of an adapter ------------------------------------------------------------------------------------
 
@@ -238,7 +291,7 @@ class CartridgeModel(BaseTuner):
     def _check_adapter(self, adapter_name: str) -> None:
         if adapter_name not in self.peft_config:
             raise ValueError(
-                f"`adapter_name={adapter_name!r}` is not loaded; there are: {', '.join(self.peft_config)}."
+                f"`adapter_name={adapter_name!r}` is not loaded; there are: {', '.join(self.peft_config) or 'none'}."
             )
 
     # -- files: stock PEFT's format, see `file_format` ---------------------------------------------------------------
@@ -283,13 +336,9 @@ class CartridgeModel(BaseTuner):
 
 def _layer_names(model: nn.Module) -> list[str]:
     """Qualified names of the cartridge layers as a state dict has them, ordered by layer index."""
-    layers = [(name, module) for name, module in model.named_modules() if _holds_cartridges(module)]
-    layers.sort(key=lambda named: named[1].base_layer.layer_idx)
+    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, CartridgeLayer)]
+    layers.sort(key=lambda named: named[1].layer_idx)
     return [name.removeprefix("_fsdp_wrapped_module.") for name, _ in layers]
-
-
-def _holds_cartridges(module: nn.Module) -> bool:
-    return isinstance(module, CartridgeLayer) and module.source is None
 
 
 def _split_frozen(key: Tensor, value: Tensor, config: CartridgeConfig) -> dict[str, Tensor]:

@@ -13,7 +13,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from peft_cartridges.attention import fused_cuda, plain_attention
-from peft_cartridges.attention.plain_attention import Scoring
+from peft_cartridges.attention.kernels import KERNELS
+from peft_cartridges.attention.plain_attention import Part, Scoring
 from peft_cartridges.attention.shared_prefix_attention import (
     PrefixPart,
     concatenated_attention,
@@ -73,17 +74,17 @@ def test_the_operators_take_what_they_are_given(heads: int) -> None:
     with FakeTensorMode():
         query = torch.empty(2, 4, 37, 64, device="cuda", dtype=torch.bfloat16)
         key = torch.empty(2, heads, 50, 64, device="cuda", dtype=torch.bfloat16)
-        results = [fused_cuda.attend_flash(query, key, key, Scoring(0.1))]
-        gradients = [fused_cuda.attend_flash_backward(query, query, key, key, *results[0], Scoring(0.1))]
-        if heads == 4:
-            mask = torch.zeros(2, 1, 1, 50, device="cuda")
-            results.append(fused_cuda.attend_efficient(query, key, key, mask, Scoring(0.1)))
-            gradients.append(
-                fused_cuda.attend_efficient_backward(query, query, key, key, *results[1], mask, Scoring(0.1))
-            )
+        part, wanted = Part(query, key, key, None, Scoring(0.1)), (True, True, True)
+        masked = part._replace(mask=torch.zeros(2, 1, 1, 50, device="cuda", dtype=torch.bfloat16))
+        results = [fused_cuda.attend_flash(part), fused_cuda.attend_efficient(masked)]
+        gradients = [
+            fused_cuda.attend_flash_backward(part, query, *results[0], wanted),
+            fused_cuda.attend_efficient_backward(masked, query, *results[1], wanted),
+        ]
         for output, lse in results:
             assert (output.shape, lse.shape, lse.dtype) == (query.shape, query.shape[:3], torch.float32)
         for d_query, d_key, d_value in gradients:
+            assert d_query is not None and d_key is not None and d_value is not None
             assert (d_query.shape, d_key.shape, d_value.shape) == (query.shape, key.shape, key.shape)
 
 
@@ -99,25 +100,20 @@ class _Kernels:
         return_debug_mask: bool = False, *, scale: float | None = None,
     ) -> tuple[Any, ...]:  # fmt: skip
         self.calls.append("flash")
-        groups = query.shape[1] // key.shape[1]
-        key, value = (tensor.repeat_interleave(groups, 1) for tensor in (key, value))
-        output, lse = plain_attention.attend_plainly(query, key, value, None, Scoring(scale or 1.0, causal=is_causal))
+        part = Part(query, key, value, None, Scoring(scale or 1.0, causal=is_causal))
+        output, lse = plain_attention.attend_plainly(part)
         return output + self.error, lse, None, None, query.shape[2], key.shape[2], None, None, None
 
     def flash_backward(
         self, grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, logsumexp: Tensor,
         cum_seq_q: Any, cum_seq_k: Any, max_q: int, max_k: int, dropout_p: float, is_causal: bool,
         philox_seed: Tensor, philox_offset: Tensor, *, scale: float | None = None,
-    ) -> tuple[Tensor, ...]:  # fmt: skip
+    ) -> tuple[Any, ...]:  # fmt: skip
         self.calls.append("flash backward")
         assert logsumexp.is_contiguous() and logsumexp.dtype == torch.float32
         assert (max_q, max_k, dropout_p) == (query.shape[2], key.shape[2], 0.0)
-        groups = query.shape[1] // key.shape[1]
-        wide = [tensor.repeat_interleave(groups, 1) for tensor in (key, value)]
-        d_query, *rest = plain_attention.attend_plainly_backward(
-            grad_out, query, *wide, out, logsumexp, None, Scoring(scale or 1.0, causal=is_causal)
-        )
-        return d_query, *(tensor.unflatten(1, (-1, groups)).sum(2) for tensor in rest)
+        part = Part(query, key, value, None, Scoring(scale or 1.0, causal=is_causal))
+        return plain_attention.attend_plainly_backward(part, grad_out, out, logsumexp, (True, True, True))
 
     def efficient(
         self, query: Tensor, key: Tensor, value: Tensor, attn_bias: Tensor | None, compute_log_sumexp: bool,
@@ -125,8 +121,9 @@ class _Kernels:
     ) -> tuple[Any, ...]:  # fmt: skip
         self.calls.append("efficient")
         self._check_bias(attn_bias, query, key)
+        assert query.shape[1] == key.shape[1]
         scoring = Scoring(scale or 1.0, causal=is_causal)
-        output, lse = plain_attention.attend_plainly(query, key, value, attn_bias, scoring)
+        output, lse = plain_attention.attend_plainly(Part(query, key, value, attn_bias, scoring))
         padding = (0, math.ceil(lse.shape[-1] / 32) * 32 - lse.shape[-1])
         return output, torch.nn.functional.pad(lse, padding, value=float("nan")), None, None
 
@@ -140,10 +137,8 @@ class _Kernels:
         assert out.transpose(1, 2).is_contiguous() and logsumexp.shape[-1] % 32 == 0
         assert (dropout_p, grad_input_mask) == (0.0, [True, True, True, False])
         lse = logsumexp[..., : query.shape[2]]
-        scoring = Scoring(scale or 1.0, causal=is_causal)
-        return *plain_attention.attend_plainly_backward(
-            grad_out_, query, key, value, out, lse, attn_bias, scoring
-        ), None
+        part = Part(query, key, value, attn_bias, Scoring(scale or 1.0, causal=is_causal))
+        return *plain_attention.attend_plainly_backward(part, grad_out_, out, lse, (True, True, True)), None
 
     def _check_bias(self, bias: Tensor | None, query: Tensor, key: Tensor) -> None:
         if bias is not None:
@@ -160,11 +155,9 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[_Kernels]:
             library.impl(f"_scaled_dot_product_{name}_attention", getattr(stand_in, name), "CPU")
             library.impl(f"_scaled_dot_product_{name}_attention_backward", getattr(stand_in, f"{name}_backward"), "CPU")
         half = (torch.float16, torch.bfloat16)
-        monkeypatch.setattr(fused_cuda, "_is_candidate", lambda query, key, value, scoring: scoring.softcap is None)
+        monkeypatch.setattr(fused_cuda, "_is_candidate", lambda part: part.scoring.softcap is None)
         monkeypatch.setattr(fused_cuda, "_exists", lambda kernel, device, dtype, *_: kernel != "flash" or dtype in half)
-        monkeypatch.setattr("peft_cartridges.attention.kernels._has_flash_cpu", lambda *_: False)
-        monkeypatch.setattr("peft_cartridges.attention.kernels._tiles_pay", lambda *_: False)
-        monkeypatch.setattr("peft_cartridges.attention.kernels._batches_pay", lambda *_: False)
+        monkeypatch.setattr("peft_cartridges.attention.kernels.KERNELS", KERNELS[2:])
         fused_cuda._agrees.cache_clear()
         yield stand_in
     fused_cuda._agrees.cache_clear()

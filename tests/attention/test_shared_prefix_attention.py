@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from peft_cartridges.attention.plain_attention import Scoring
+from peft_cartridges.attention import cpu_products, kernels
+from peft_cartridges.attention.plain_attention import Part, Scoring
 from peft_cartridges.attention.shared_prefix_attention import (
     PrefixPart,
+    RowPrefixes,
     concatenated_attention,
     shared_prefix_attention,
 )
@@ -198,6 +202,153 @@ def test_no_copy_of_the_prefix_per_row_is_stored_for_the_backward() -> None:
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         shared_prefix_attention(leaves["query"], leaves["key"], leaves["value"], parts, scoring=case.scoring)
     assert max(stored) < case.batch * parts[0].key.numel() / 4
+
+
+# -- a prefix of its own for every row --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class RowCase:
+    batch: int
+    num_prefixes: int
+    groups: int
+    q_len: int
+    lengths: bool
+    index: bool
+    mask: bool
+    softcap: float | None
+    sinks: bool
+    dtype: torch.dtype
+    seed: int
+
+
+@st.composite
+def row_cases(draw: st.DrawFn) -> RowCase:
+    index = draw(st.booleans())
+    batch = draw(st.integers(1, 5))
+    return RowCase(
+        batch=batch,
+        num_prefixes=draw(st.integers(1, 5)) if index else batch,
+        groups=draw(st.integers(1, 3)),
+        q_len=draw(st.sampled_from([1, 1, 2, 5])),
+        lengths=draw(st.booleans()),
+        index=index,
+        mask=draw(st.booleans()),
+        softcap=draw(st.sampled_from([None, 2.0])),
+        sinks=draw(st.booleans()),
+        dtype=draw(st.sampled_from([torch.float64, torch.float64, torch.float32, torch.bfloat16])),
+        seed=draw(st.integers(0, 2**16)),
+    )
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(row_cases(), st.booleans())
+def test_rows_with_prefixes_of_their_own(case: RowCase, trains: bool) -> None:
+    generator = torch.Generator().manual_seed(case.seed)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(case.dtype).requires_grad_(trains)
+
+    query, key, value = random(case.batch, 2 * case.groups, case.q_len, 4), *(random(case.batch, 2, 6, 4) for _ in "kv")
+    prefix_key, prefix_value = random(case.num_prefixes, 2, 7, 4), random(case.num_prefixes, 2, 7, 4)
+    lengths = torch.randint(0, 8, (case.num_prefixes,), generator=generator) if case.lengths else None
+    index = torch.randint(-1, case.num_prefixes, (case.batch,), generator=generator) if case.index else None
+    mask = None
+    if case.mask:
+        seen = torch.rand(case.batch, case.q_len, 7, generator=generator) > 0.4
+        mask = torch.zeros(seen.shape, dtype=case.dtype).masked_fill(~seen, torch.finfo(case.dtype).min)
+    sinks = random(2 * case.groups) if case.sinks else None
+    scoring = Scoring(0.5, case.softcap)
+    by_row = [RowPrefixes(prefix_key, prefix_value, lengths, index, mask)]
+    output = shared_prefix_attention(query, key, value, by_row, sinks=sinks, scoring=scoring)
+    # The same by one shared part for each row: what no row-wise code has touched.
+    parts = []
+    for row in range(case.batch):
+        number = row if index is None else int(index[row])
+        length = 7 if lengths is None else int(lengths[number])
+        if number >= 0 and length > 0:
+            part_mask = None if mask is None else mask[row : row + 1, :, :length]
+            tensors = prefix_key[number, :, :length], prefix_value[number, :, :length]
+            parts.append(PrefixPart(*tensors, part_mask, torch.tensor([row])))
+    leaves = [query, key, value, prefix_key, prefix_value] + ([] if sinks is None else [sinks])
+    tolerance = TOLERANCE[case.dtype]
+    gradient = torch.randn(output.shape, generator=generator).to(case.dtype)
+    for prefixes in (parts, by_row):
+        expected, _ = concatenated_attention(query, key, value, prefixes, sinks=sinks, scoring=scoring)
+        torch.testing.assert_close(output, expected, atol=tolerance, rtol=tolerance)
+        if trains:
+            found, true = (
+                torch.autograd.grad(
+                    result, leaves, gradient, retain_graph=True, allow_unused=True, materialize_grads=True
+                )
+                for result in (output, expected)
+            )
+            torch.testing.assert_close(found, true, atol=4 * tolerance, rtol=4 * tolerance)
+
+
+def test_rows_with_prefixes_of_their_own_are_one_computation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not one for each prefix, and nothing that reads data on the host."""
+    parts: list[tuple[int, ...]] = []
+
+    def attend(part: Part) -> tuple[Tensor, Tensor]:
+        parts.append(tuple(part.key.shape))
+        return kernels.attend(part)
+
+    monkeypatch.setattr("peft_cartridges.attention.shared_prefix_attention.attend", attend)
+    query, key, value = torch.randn(64, 4, 1, 8), torch.randn(64, 2, 3, 8), torch.randn(64, 2, 3, 8)
+    prefix_key, prefix_value = torch.randn(2, 64, 2, 16, 8).unbind(0)
+    lengths, index = torch.randint(1, 17, (64,)), torch.randperm(64)
+    calls = [
+        RowPrefixes(prefix_key, prefix_value, lengths),
+        RowPrefixes(prefix_key, prefix_value, lengths, index),
+        RowPrefixes(prefix_key[:3], prefix_value[:3], lengths[:3], index % 3),
+    ]
+    for prefixes, shape in zip(calls, [(64, 2, 16, 8), (64, 2, 16, 8), (3, 2, 16, 8)], strict=True):
+        parts.clear()
+        shared_prefix_attention(query, key, value, [prefixes], scoring=Scoring(0.3))
+        assert parts == [(64, 2, 3, 8), shape]
+        with FakeTensorMode() as mode:  # has no data
+            fake = [mode.from_tensor(tensor) for tensor in (query, key, value)]
+            tensors = [None if t is None else mode.from_tensor(t) for t in vars(prefixes).values()]
+            shared_prefix_attention(*fake, [RowPrefixes(*tensors)], scoring=Scoring(0.3))  # type: ignore[arg-type]
+
+
+# -- gradients that nobody asked for ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("trains", ["query", "prefix value 0", "key"])
+@pytest.mark.parametrize("products", [False, True])
+def test_only_what_is_asked_for_is_computed(monkeypatch: pytest.MonkeyPatch, trains: str, products: bool) -> None:
+    """A frozen prefix inside a LoRA training, a cartridge on a frozen model: which gradients each kernel is asked for."""
+    asked: list[tuple[bool, ...]] = []
+    original = kernels.attend_backward
+
+    def attend_backward(part: Part, grad: Tensor, output: Tensor, lse: Tensor, wanted: tuple[bool, bool, bool]) -> Any:
+        asked.append(wanted)
+        gradients = original(part, grad, output, lse, wanted)
+        assert [gradient is not None for gradient in gradients] == list(wanted)
+        return gradients
+
+    monkeypatch.setattr("peft_cartridges.attention.shared_prefix_attention.attend_backward", attend_backward)
+    monkeypatch.setattr(cpu_products, "_pays", lambda: products)
+    case = Case(2, 2, 2, 20, 20, 8, 8, (1000,), False, False, "causal", None, False, torch.bfloat16, 0)
+    leaves, parts, _, gradient = _tensors(case)
+    output = shared_prefix_attention(leaves["query"], leaves["key"], leaves["value"], parts, scoring=case.scoring)
+    everything = torch.autograd.grad(output, list(leaves.values()), gradient, retain_graph=True)
+    asked.clear()
+    for name, leaf in leaves.items():
+        leaf.requires_grad_(name == trains)
+    output = shared_prefix_attention(leaves["query"], leaves["key"], leaves["value"], parts, scoring=case.scoring)
+    (grad,) = torch.autograd.grad(output, [leaves[trains]], gradient)
+    torch.testing.assert_close(grad, everything[list(leaves).index(trains)])
+    assert (
+        asked
+        == {
+            "query": [(True, False, False), (True, False, False)],
+            "prefix value 0": [(False, False, False), (False, False, True)],
+            "key": [(False, True, False), (False, False, False)],
+        }[trains]
+    )
 
 
 @pytest.mark.parametrize("q_len", [1, 300])

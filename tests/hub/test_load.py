@@ -10,12 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
 
 from peft_cartridges import HubError, KVPrefix, check_base_model, load_cartridge, pull_cartridge, push_cartridge
 from peft_cartridges.hub import CardFacts, build_model_card, identify_base_model, load_facts, save_facts
 from tests.exactness import cartridge_model
 from tests.hub.local_hub import LocalHub
-from tests.test_adapter_folder import edit_config, saved
+from tests.test_adapter_folder import CONFIG, WEIGHTS, edit_config, saved
 from tests.tiny_models import tiny_model, tiny_tokenizer, token_ids
 
 ROW = token_ids(1, 6, seed=1)
@@ -174,3 +175,37 @@ def test_cards_are_the_same_again(tmp_path: Path) -> None:
     facts = CardFacts(base_identity=identify_base_model(tiny_model()))
     save_facts(facts, tmp_path)
     assert str(build_model_card(load_facts(tmp_path))) == str(build_model_card(facts))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({WEIGHTS: None, "adapter_model.bin": b"cos\nsystem\n(S'false'\ntR."}, "pickled weights only"),
+        ({WEIGHTS: b"half of it"}, "truncated or damaged"),
+        ({WEIGHTS: None}, r"no adapter_model\.safetensors|Can't find weights"),
+    ],
+)
+def test_by_a_name_on_the_hub_too_peft_refuses_what_load_cartridge_refuses(
+    changes: dict[str, bytes | None], message: str, hub: LocalHub, tmp_path: Path
+) -> None:
+    files: dict[str, bytes | None] = {name: (saved(tmp_path) / name).read_bytes() for name in (CONFIG, WEIGHTS)}
+    files |= changes
+    for inside in ("", "deep/"):
+        hub.add_repo("user/bad", {inside + name: data for name, data in files.items() if data is not None})
+        base = tiny_model()
+        modules = list(base.modules())
+        with pytest.raises((ValueError, FileNotFoundError), match=message):
+            PeftModel.from_pretrained(base, "user/bad", subfolder=inside.rstrip("/") or None)
+        assert list(base.modules()) == modules and not hasattr(base, "peft_config")
+    assert not any(
+        "adapter_model.bin" in path and "/resolve/" in path for method, path, _ in hub.requests if method == "GET"
+    )
+
+
+def test_peft_loads_a_cartridge_from_a_folder_of_a_repository(hub: LocalHub, tmp_path: Path) -> None:
+    files = {name: (saved(tmp_path) / name).read_bytes() for name in (CONFIG, WEIGHTS)}
+    hub.add_repo("user/many", {f"first/{name}": data for name, data in files.items()})
+    expected = PeftModel.from_pretrained(tiny_model(), tmp_path)(input_ids=ROW).logits
+    model = PeftModel.from_pretrained(tiny_model(), "user/many", subfolder="first")
+    assert torch.equal(model(input_ids=ROW).logits, expected)
+    assert sum(WEIGHTS in path and method == "GET" for method, path, _ in hub.requests) == 1

@@ -7,6 +7,7 @@ import json
 import re
 from pathlib import Path
 
+import peft
 import pytest
 import yaml
 from huggingface_hub import ModelCard
@@ -47,7 +48,7 @@ FACTS = CardFacts(
     license="apache-2.0",
     language=["en"],
     datasets=["org/corpus"],
-    package_versions={"peft": "0.21.2", "torch": "2.13.0"},
+    package_versions={"peft": peft.__version__, "torch": "2.13.0"},
     parts=[Part("user/a", 128, revision="v1", metrics=[Metric("NLL", 2.0)])],
     limits=["It was trained on a small model."],
     tags=["lighthouses"],
@@ -74,7 +75,7 @@ def test_the_body_says_what_is_known() -> None:
     for wanted in [
         "256 tokens, of which 1 not trained (12.5 times shorter)", "11.0 MiB; the text in context: 140.0 MiB",
         "abab", "`0.02`", "question 200", "empty answer 3", "python quickstart.py", "![Training curve](training_curve.png)",
-        "[user/a](https://huggingface.co/user/a) at `v1`", "- It was trained on a small model.", "- PEFT 0.21.2",
+        "[user/a](https://huggingface.co/user/a) at `v1`", "- It was trained on a small model.", f"- PEFT {peft.__version__}",
         'load_cartridge("user/handbook")', "Who keeps the light?",
     ]:  # fmt: skip
         assert wanted in text, wanted

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from peft_cartridges import KVPrefix
-from peft_cartridges.attention.layers import UnsupportedModelError, find_attention_layers, find_decoder
-from peft_cartridges.attention.positions import PositionShift
+from peft_cartridges.attention.probe import UnsupportedModelError
+from peft_cartridges.attention.reading import read_prefix
 from peft_cartridges.initialization.moved_keys import move_prefix
 from tests.tiny_models import ARCHITECTURES, tiny_model
 
@@ -16,11 +16,7 @@ PROBE = list(range(60, 90))
 
 
 def _read_at(model: torch.nn.Module, position: int) -> KVPrefix:
-    _, decoder = find_decoder(model, find_attention_layers(model))
-    hook = decoder.register_forward_pre_hook(PositionShift(decoder, lambda _: position), with_kwargs=True)
-    prefix = KVPrefix.from_input_ids(model, TEXT)
-    hook.remove()
-    return prefix
+    return read_prefix(model, TEXT, position=position)
 
 
 @pytest.mark.parametrize("architecture", sorted(set(ARCHITECTURES) - {"gpt2"}))

@@ -46,6 +46,7 @@ def test_recitations_reach_every_sentence() -> None:
         ({"min_chunk_tokens": 9, "max_chunk_tokens": 8}, "`max_chunk_tokens` .* is below `min_chunk_tokens`"),
         ({"recitation_share": 1.5}, "`recitation_share` must be between 0 and 1"),
         ({"answer_temperature": -1}, "`answer_temperature` must not be negative"),
+        ({"thoughts": "hide"}, "`thoughts` is 'hide'; there are: skip, drop, learn"),
         ({"seed_types": ["question", "riddle"]}, "`seed_types` has .*riddle.*; there are: structuring"),
         ({"engine": "llama.cpp"}, "`engine` is 'llama.cpp'; there are: transformers, vllm, openai"),
         ({"engine": "openai"}, "`base_url` is missing"),

@@ -146,7 +146,7 @@ def test_a_damaged_file_is_refused_by_tensor_and_reason(tmp_path: Path) -> None:
             {"prompt_embeddings": good.clone().index_fill_(0, torch.tensor(3), torch.inf)},
             "`prompt_embeddings`.*infinite",
         ),
-        ({"prompt_embeddings": good.to(torch.int32)}, "`prompt_embeddings`.*torch.int32, expected a floating-point"),
+        ({"prompt_embeddings": good.to(torch.int32)}, "`prompt_embeddings`.*dtype I32, expected one of F64"),
         ({"lora_A": good}, r"no tensor `prompt_embeddings` \(it has lora_A\)"),
     ]
     for tensors, message in damaged:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import ContinuousBatchingConfig, DynamicCache, GenerationConfig, StaticCache, pipeline
 
 from peft_cartridges import KVPrefix, shared_prefix
@@ -209,8 +210,39 @@ def test_embeddings_instead_of_ids() -> None:
 
 
 def test_decoding_does_not_round_keys_and_values_at_every_step() -> None:
+    """Beside the first forward, no step copies anything of the cartridge's length into the model's dtype."""
     model = cartridge_model(tiny_model("llama", dtype=torch.bfloat16), _prefix()).eval()
     assert model.get_kv_prefix().dtype == torch.float32
-    _generate(model, token_ids(2, 5, seed=1))
-    kept = [prefix for layer in model.base_model.cartridge_layers() for prefix in layer._inference_prefixes.values()]
-    assert kept and all(tensor.dtype == torch.bfloat16 for prefix in kept for tensor in (prefix.key, prefix.value))
+    copies: list[int] = []
+
+    class Count(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            output = function(*args, **(kwargs or {}))
+            if function is torch.ops.aten._to_copy.default and output.shape[-2:] == (12, 8):
+                copies.append(1)
+            return output
+
+    steps = []
+    hook = model.base_model.model.model.register_forward_hook(lambda *_: steps.append(len(copies)))
+    with Count():
+        _generate(model, token_ids(2, 5, seed=1))
+    hook.remove()
+    assert steps[0] == 4, "keys and values of two layers"
+    assert set(steps) == {4}
+
+
+@pytest.mark.parametrize("through_data", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_change_of_the_cartridge_is_seen_at_once(dtype: torch.dtype, through_data: bool) -> None:
+    model, row = cartridge_model(tiny_model("llama", dtype=dtype), _prefix()), token_ids(1, 6, seed=1)
+    with torch.no_grad():
+        before = model(input_ids=row).logits
+        for name, parameter in model.named_parameters():
+            if "kv_prefix_value." in name:
+                changed = parameter.detach() + 1
+                (parameter.data if through_data else parameter).copy_(changed)
+        after = model(input_ids=row).logits
+    assert (after - before).abs().max() > 0.1
+    fresh = cartridge_model(tiny_model("llama", dtype=dtype), model.get_kv_prefix())
+    with torch.no_grad():
+        assert torch.equal(fresh(input_ids=row).logits, after)

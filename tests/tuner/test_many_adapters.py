@@ -188,3 +188,30 @@ def test_adapter_names_that_do_not_fit(tmp_path: Path) -> None:
     model.eval()
     expected = past_key_values_logits(tiny_model("llama"), _prefixes("llama")["a"], ids[0])
     assert_close(_logits(model, ids[0]), expected)
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "deepseek_v3"])
+def test_more_rows_than_attention_picks_among(name: str) -> None:
+    """Twelve cartridges of different lengths, some of several rows, and rows without one: each row as by itself."""
+    plain = tiny_model(name)
+    prefixes = [KVPrefix.from_input_ids(plain, token_ids(4 + index, seed=index)) for index in range(12)]
+    model = get_peft_model(tiny_model(name), CartridgeConfig(num_tokens=4), adapter_name="0")
+    for index, prefix in enumerate(prefixes):
+        if index:
+            model.add_adapter(str(index), CartridgeConfig(num_tokens=prefix.num_tokens))
+        model.base_model.set_kv_prefix(prefix, str(index))
+    model.eval()
+    rows = token_ids(16, 5, seed=99)
+    names = [*map(str, range(12)), "__base__", "3", "11", "__base__"]
+    with torch.no_grad():
+        logits = model(input_ids=rows, adapter_names=names).logits
+    for row, of_row, row_logits in zip(rows, names, logits, strict=True):
+        prefix = None if of_row == "__base__" else prefixes[int(of_row)]
+        assert_close(row_logits, past_key_values_logits(plain, prefix, row))
+    options = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    together = model.generate(
+        input_ids=rows, attention_mask=torch.ones_like(rows), adapter_names=names, **options
+    ).tolist()
+    for row, of_row, ids in zip(rows, names, together, strict=True):
+        alone = model.generate(input_ids=row[None], attention_mask=torch.ones(1, 5), adapter_names=[of_row], **options)
+        assert alone[0].tolist() == ids

@@ -23,7 +23,7 @@ _SMALL: dict[str, Any] = {
 
 # model -> (its configuration's own fields, what the error says)
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "Mamba": ({"state_size": 4}, r"backbone.layers.0, backbone.layers.1 have no causal attention.*linear_attention"),
+    "Mamba": ({"state_size": 4}, "MambaForCausalLM takes no `past_key_values`"),
     "Llama4": (
         {"head_dim": 8, "intermediate_size_mlp": 16, "num_local_experts": 2, "attention_chunk_size": 8},
         "chunked-attention layers.*tokens of a later chunk never see an earlier one",
@@ -35,10 +35,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8,
          "index_n_heads": 2, "index_head_dim": 16, "index_topk": 4, "n_routed_experts": 2, "num_experts_per_tok": 1,
          "n_group": 1, "topk_group": 1, "moe_intermediate_size": 8},
-        r"`model.layers.0.self_attn` \(DeepseekV32Attention\) cannot hold a prefix: an indexer picks the keys",
+        r"`model.layers.0.self_attn` \(DeepseekV32Attention\) cannot hold a prefix: it keeps more of a text than keys and values \(DynamicIndexedLayer\)",
     ),
-    "DiffLlama": ({}, r"`model.layers.0.self_attn` .* its values are rearranged"),
-    "Doge": ({}, r"`model.layers.0.self_attn` .* its mask is computed from the values"),
+    "DiffLlama": ({}, r"attends several times in one layer \(model.layers.0.self_attn\)"),
+    "Doge": ({}, r"`model.layers.0.self_attn` .* it makes a mask of its own for each head"),
     "Phimoe": (
         {"sliding_window": 8, "num_local_experts": 2},
         r"`model.layers.0.self_attn` .* does not tell its sliding window \(8\).*model.config.sliding_window = None",

@@ -1,0 +1,460 @@
+"""How prefixes reach the attention of a model: which are due is said by the context that the model runs in.
+
+A model is prepared once (`prefix_host`): its attention modules look up their attention function through a `ConfigView`,
+and its decoder has a hook in front and one behind. The first asks which prefixes are due to this forward (those of open
+`shared_prefix` contexts, and of sources such as a tuner), moves the positions and keeps both in a context variable,
+where the attention function finds them; the second sees that every layer took them. While nothing is due, the modules
+call what they would have called anyway.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import sys
+import threading
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
+from types import FrameType, TracebackType
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ..kv_prefix import KVPrefix
+from .interface import SHARED_PREFIX, AttentionPath, LayerPrefix, WindowReading, expand_tokens
+from .positions import positions_behind
+from .probe import AttentionLayer, ConfigView, base_model, execution_device, find_attention_layers, get_decoder
+
+_HOST = "_kv_prefix_host"
+
+
+class DuePrefix(Protocol):
+    """A prefix that is due to one forward."""
+
+    @property
+    def num_tokens(self) -> int | Tensor:
+        """How many tokens stand in front of the rows: one number, or one for each row (`[batch]`)."""
+
+    def parts(self, layer: int, module: nn.Module, query: Tensor) -> Sequence[LayerPrefix]:
+        """What the `layer`-th attention layer is to attend to; `module` is the one that asks, `query` its queries."""
+
+
+class PrefixSource(Protocol):
+    """What has prefixes for a model for as long as it is among its host's sources: a tuner."""
+
+    def is_due(self) -> bool:
+        """Whether a forward now would get any."""
+
+    def due(self, batch_size: int, continues: bool) -> Sequence[DuePrefix]:
+        """The prefixes due to a forward of `batch_size` rows; `continues` says that it goes on with rows whose first
+        tokens came with the same prefixes (a decoding step)."""
+
+
+class _Forward:
+    """One forward of a decoder with prefixes due."""
+
+    def __init__(self, host: PrefixHost, due: Sequence[DuePrefix], positions: Tensor | None) -> None:
+        self.host = host
+        self.due = due
+        self.positions = positions
+        self.taken: set[int] = set()
+        self.compiled = False  # layers that run compiled do not tell that they took it
+        self.before: _Forward | None = None
+
+
+# Set while a decoder's forward runs, and again while a part of it is computed once more in a backward.
+_FORWARD: ContextVar[_Forward | None] = ContextVar("kv_prefix_forward", default=None)
+# The open contexts of this thread or task.
+_OPEN: ContextVar[tuple[SharedPrefix, ...]] = ContextVar("kv_prefix_open", default=())
+
+
+class PrefixHost:
+    """A model that is prepared for prefixes.
+
+    Args:
+        model: A transformers model.
+        layers: Its attention layers.
+    """
+
+    def __init__(self, model: Any, layers: Sequence[AttentionLayer]) -> None:
+        self.layers = tuple(layers)
+        self.decoder = get_decoder(model)
+        self.parameters = list(inspect.signature(self.decoder.forward).parameters)
+        self.sources: list[PrefixSource] = []
+        # Contexts that are open anywhere, in whatever thread: what a compiled graph can depend on.
+        self.contexts = 0
+        self.open: list[SharedPrefix] = []
+        self._lock = threading.Lock()
+        self._running: list[_Forward] = []
+        # What compiled code reads in place of the context variable, which cannot be traced.
+        self.traced: _Forward | None = None
+        self.crowded = False
+        self.checkpointing = [m for m in self.decoder.modules() if hasattr(m, "gradient_checkpointing")]
+        self.modules = [(index, module) for index, layer in enumerate(self.layers) for module in layer.modules]
+        for number, (index, module) in enumerate(self.modules):
+            module._kv_prefix_place = (self, index, number)
+            module.config = ConfigView(module.config, self.implementation)
+        self.hooks = [
+            self.decoder.register_forward_pre_hook(self.before, with_kwargs=True),
+            self.decoder.register_forward_hook(self.after, with_kwargs=True, always_call=True),
+        ]
+        self.decoder.__dict__[_HOST] = self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PrefixHost:
+        if id(self.decoder) not in memo and any(id(module) in memo for _, module in self.modules):
+            return self  # a layer is copied by itself: it stays one of this model's
+        twin: PrefixHost = object.__new__(PrefixHost)
+        memo[id(self)] = twin
+        twin.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        return twin
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copied model is prepared like the model, with nothing open."""
+        return {
+            **self.__dict__,
+            "_lock": None,
+            "_running": [],
+            "contexts": 0,
+            "open": [],
+            "traced": None,
+            "crowded": False,
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _lock=threading.Lock())
+
+    def remove(self) -> None:
+        """The model as it was. Sources and open contexts lose their effect."""
+        for hook in self.hooks:
+            hook.remove()
+        for _, module in self.modules:
+            module.config = module.config._kv_prefix_view[0]
+            del module._kv_prefix_place
+        del self.decoder.__dict__[_HOST]
+
+    def count_context(self, change: int) -> None:
+        """A context that prefixes depend on was opened (1) or closed (-1), in whatever thread."""
+        with self._lock:
+            self.contexts += change
+
+    # -- what is due -------------------------------------------------------------------------------------------------
+
+    def is_due(self) -> bool:
+        """Whether a forward of the model would get prefixes."""
+        return any(source.is_due() for source in self.sources) or (self.contexts > 0 and bool(self._open_here()))
+
+    def _open_here(self) -> list[SharedPrefix]:
+        here = _OPEN.get()
+        if not here:
+            self._warn_of_untold_threads()
+        return [context for context in here if context.host is self and context.holds_here()]
+
+    def _warn_of_untold_threads(self) -> None:
+        thread = threading.get_ident()
+        for context in tuple(self.open):
+            if thread not in context.threads:
+                context.threads.add(thread)
+                warnings.warn(
+                    "A model runs without a prefix in a thread that was started while `shared_prefix` was open in another "
+                    "one. If it is to have it, start the thread with "
+                    "`Thread(target=contextvars.copy_context().run, args=(function, …))`.",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
+
+    def _due(self, batch_size: int, continues: bool, contexts: bool) -> list[DuePrefix]:
+        due = [prefix for source in self.sources for prefix in source.due(batch_size, continues)]
+        return [*due, *self._open_here()] if contexts else due
+
+    def implementation(self) -> str | None:
+        """The attention function that the model's attention modules are to call now; `None` for their own."""
+        if torch.compiler.is_compiling():
+            return None if self.traced is None else SHARED_PREFIX
+        forward = _FORWARD.get()
+        if forward is not None and forward.host is self:
+            return SHARED_PREFIX
+        return SHARED_PREFIX if self.is_due() else None
+
+    def current_forward(self) -> _Forward:
+        """The forward that an attention module of this model runs in."""
+        if torch.compiler.is_compiling():
+            if self.crowded or self.traced is None:
+                raise RuntimeError("Compiled layers cannot run in several threads at once while prefixes are due.")
+            self.traced.compiled = True
+            return self.traced
+        forward = _FORWARD.get()
+        if forward is not None and forward.host is self:
+            return forward
+        if torch._C._current_graph_task_id() == -1:
+            raise RuntimeError(
+                f"An attention module of {type(self.decoder).__name__} was called by itself while a prefix is due to the "
+                "model. Call the whole model, which knows where its tokens stand; or close the prefix first."
+            )
+        # A checkpointed layer that is computed again in a backward, by a checkpointing that is not the model's own.
+        return _Forward(self, self._due(0, False, True), None)
+
+    # -- the decoder's hooks -----------------------------------------------------------------------------------------
+
+    def before(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if torch.compiler.is_compiling() and not self.contexts:
+            return self._begin(args, kwargs, contexts=False)
+        return self._begin_in_context(args, kwargs)
+
+    @torch.compiler.disable
+    def _begin_in_context(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return self._begin(args, kwargs, contexts=self.contexts > 0)
+
+    def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any], *, contexts: bool) -> Any:
+        inputs = {**dict(zip(self.parameters, args, strict=False)), **kwargs}
+        tokens = inputs.get("input_ids") if inputs.get("input_ids") is not None else inputs.get("inputs_embeds")
+        if tokens is None:
+            return None
+        due = self._due(tokens.shape[0], _continues(inputs, tokens), contexts)
+        if not due:
+            return None
+        positions = positions_behind(inputs, tokens, _total([prefix.num_tokens for prefix in due]))
+        forward = _Forward(self, due, positions)
+        if torch.compiler.is_compiling():
+            self.traced = forward
+        else:
+            forward.before = _FORWARD.get()
+            _FORWARD.set(forward)
+            with self._lock:
+                self._running.append(forward)
+                self.traced, self.crowded = forward, len(self._running) > 1
+            self._carry_into_recomputation()
+        if "position_ids" in self.parameters[: len(args)]:
+            index = self.parameters.index("position_ids")
+            return (*args[:index], positions, *args[index + 1 :]), kwargs
+        return args, {**kwargs, "position_ids": positions}
+
+    def after(self, decoder: Any, args: Any, kwargs: Any, output: Any) -> None:
+        if torch.compiler.is_compiling():
+            self.traced = None
+            return
+        forward = _FORWARD.get()
+        if forward is None or forward.host is not self:
+            return
+        _FORWARD.set(forward.before)
+        with self._lock:
+            self._running.remove(forward)
+            self.traced = self._running[-1] if self._running else None
+            self.crowded = len(self._running) > 1
+        if output is not None and not forward.compiled:  # there is none after an error
+            self._check_taken(forward)
+
+    def _check_taken(self, forward: _Forward) -> None:
+        if self.decoder.training and getattr(self.decoder, "layerdrop", 0):
+            return
+        # A model that leaves early has its number of layers lowered for a while.
+        num_layers = getattr(self.decoder.config, "num_hidden_layers", len(self.layers))
+        for number, (index, module) in enumerate(self.modules):
+            if number not in forward.taken and self.layers[index].layer_idx < num_layers:
+                raise RuntimeError(
+                    f"A prefix was due, but `{self.layers[index].name}` ({type(module).__name__}) did not attend to it: "
+                    "the module was replaced, or no longer calls the attention function that its configuration names."
+                )
+
+    def _carry_into_recomputation(self) -> None:
+        """Checkpointed layers are computed again in the backward, in whatever context and thread that runs in."""
+        for module in self.checkpointing:
+            function = getattr(module, "_gradient_checkpointing_func", None)
+            if module.gradient_checkpointing and function is not None and not isinstance(function, _Carrying):
+                module._gradient_checkpointing_func = _Carrying(function)
+
+
+class _Carrying:
+    """A checkpoint function that computes again with what was due the first time."""
+
+    def __init__(self, checkpoint: Callable[..., Any]) -> None:
+        self.checkpoint = checkpoint
+
+    def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        forward = None if torch.compiler.is_compiling() else _FORWARD.get()
+        if forward is None:
+            return self.checkpoint(function, *args, **kwargs)
+
+        def within(*inner_args: Any, **inner_kwargs: Any) -> Any:
+            held = _FORWARD.set(forward)
+            try:
+                return function(*inner_args, **inner_kwargs)
+            finally:
+                _FORWARD.reset(held)
+
+        return self.checkpoint(within, *args, **kwargs)
+
+
+def _continues(inputs: dict[str, Any], tokens: Tensor) -> bool:
+    cache = inputs.get("past_key_values")
+    return tokens.shape[1] == 1 and cache is not None and getattr(cache, "is_initialized", False) is True
+
+
+def _total(lengths: Sequence[int | Tensor]) -> int | Tensor:
+    total = lengths[0]
+    for length in lengths[1:]:
+        total = total + length
+    return total
+
+
+def prefix_host(model: nn.Module, *, skip_unsupported: bool = False) -> PrefixHost:
+    """The host of a model, which is prepared on the first call.
+
+    Raises:
+        UnsupportedModelError: the model has layers that cannot hold a prefix.
+    """
+    model = base_model(model)
+    layers = find_attention_layers(model, skip_unsupported=skip_unsupported)
+    host = get_decoder(model).__dict__.get(_HOST)
+    return PrefixHost(model, layers) if host is None else host
+
+
+def prefix_is_due(model: nn.Module) -> bool:
+    """Whether a forward of `model` here and now would attend to a prefix: a cartridge, or an open `shared_prefix`."""
+    host = get_decoder(model).__dict__.get(_HOST)
+    return host is not None and host.is_due()
+
+
+class SharedPrefix:
+    """What `shared_prefix` gives: a context in which a model attends to a prefix. It can be entered once."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        prefix: KVPrefix | int,
+        attention: AttentionPath = "auto",
+        window: WindowReading = "windowed",
+    ) -> None:
+        self.model = model
+        self.host = prefix_host(model, skip_unsupported=isinstance(prefix, int))
+        self.num_tokens = prefix if isinstance(prefix, int) else prefix.num_tokens
+        self._parts: list[LayerPrefix] = []
+        if isinstance(prefix, KVPrefix):
+            _check_prefix(prefix, self.host.layers)
+            for layer, key, value in zip(self.host.layers, prefix.keys, prefix.values, strict=True):
+                device = execution_device(layer.module)
+                self._parts.append(LayerPrefix(key.to(device), value.to(device), attention, window))
+        self._state = "new"
+        self._opener: FrameType | None = None
+        self.threads: set[int] = set()
+
+    def __enter__(self) -> nn.Module:
+        if self._state != "new":
+            raise RuntimeError(
+                f"This `shared_prefix(…)` context is {self._state}: call `shared_prefix` again for another."
+            )
+        self._state = "open"
+        self._opener = _generator_that_opens()
+        self.threads = set(sys._current_frames())  # that were there before
+        self.host.open.append(self)
+        self.host.count_context(1)
+        _OPEN.set((*_OPEN.get(), self))
+        return self.model
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None = None,
+        error: BaseException | None = None,
+        trace: TracebackType | None = None,
+    ) -> None:
+        if self._state != "open":
+            return
+        self._state, self._opener = "closed", None
+        self.host.open.remove(self)
+        self.host.count_context(-1)
+        _OPEN.set(tuple(context for context in _OPEN.get() if context is not self))
+
+    def holds_here(self) -> bool:
+        """Whether the code that runs now is inside: a context that a generator opened holds while that one runs."""
+        if self._state != "open":
+            return False
+        return self._opener is None or any(frame is self._opener for frame in _frames())
+
+    def parts(self, layer: int, module: nn.Module, query: Tensor) -> Sequence[LayerPrefix]:
+        if not self._parts:
+            return ()
+        part = self._parts[layer]
+        key, value = (tensor.to(query.device, query.dtype) for tensor in (part.key, part.value))
+        if self.host.layers[layer].expands:
+            key, value = expand_tokens(module, key, value)
+        return (LayerPrefix(key, value, part.path, part.window),)
+
+
+def shared_prefix(
+    model: nn.Module,
+    prefix: KVPrefix,
+    *,
+    attention: AttentionPath = "auto",
+    sliding_window: WindowReading = "windowed",
+) -> SharedPrefix:
+    """Makes every row of every batch attend to `prefix`, in `forward` and `generate`, without copying it per row.
+
+    The result is that of passing the prefix as `past_key_values` to every row (`KVPrefix.to_cache`), with positions
+    and padding taken care of: positions come from `position_ids`, or from attention mask and cache. Contexts nest, in
+    any order of closing: each adds its prefix, and inside an active cartridge they add to the cartridge.
+
+    It holds for the code inside the `with`, and for no other: threads and async tasks each have their own, and a
+    generator's is not its caller's. A thread that is started inside has to be told:
+    `Thread(target=contextvars.copy_context().run, args=(model.generate,), kwargs=…)`.
+
+    Args:
+        model: A transformers causal LM, or a PEFT model around one.
+        prefix: Keys and values made by the same model; see `KVPrefix.from_text`.
+        attention: `auto` (fast), `merged` or `concatenated` (the plain reference, for debugging).
+        sliding_window: In sliding-window layers, whether prefix tokens leave the window as any token does (`windowed`,
+            as `past_key_values` would) or stay in sight (`pinned`).
+
+    ```python
+    prefix = KVPrefix.from_text(model, tokenizer, document)
+    with shared_prefix(model, prefix):
+        model.generate(**tokenizer(questions, padding=True, return_tensors="pt"))
+    ```
+
+    Raises:
+        ValueError: `prefix` was made by a model of another shape.
+        UnsupportedModelError: the model has layers that cannot hold a prefix.
+        RuntimeError: in a forward, if a layer did not attend to the prefix.
+    """
+    return SharedPrefix(model, prefix, attention, sliding_window)
+
+
+def positions_from(model: nn.Module, position: int) -> SharedPrefix:
+    """A context in which the model's first token stands at `position`, with nothing in front of it."""
+    return SharedPrefix(model, position)
+
+
+def _frames() -> Iterator[FrameType]:
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        yield frame
+        frame = frame.f_back
+
+
+def _generator_that_opens() -> FrameType | None:
+    """The frame of the generator whose `with` this is, if it is one's. Functions under `contextlib.contextmanager` are
+    generators too, but open a context for their caller."""
+    for frame in _frames():
+        if frame.f_globals.get("__name__") in (__name__, "contextlib"):
+            continue
+        is_generator = bool(frame.f_code.co_flags & (inspect.CO_GENERATOR | inspect.CO_ASYNC_GENERATOR))
+        if is_generator and frame.f_back is not None and frame.f_back.f_globals.get("__name__") == "contextlib":
+            continue
+        return frame if is_generator else None
+    return None
+
+
+def _check_prefix(prefix: KVPrefix, layers: Sequence[AttentionLayer]) -> None:
+    have = [(key.shape[0], key.shape[2], value.shape[2]) for key, value in zip(prefix.keys, prefix.values, strict=True)]
+    want = [layer.shape for layer in layers]
+    if have == want:
+        return
+    if len(have) != len(want):
+        difference = f"{len(have)} layers, the model {len(want)}"
+    else:
+        index = next(i for i, pair in enumerate(zip(have, want, strict=True)) if pair[0] != pair[1])
+        difference = (
+            f"(num_key_value_heads, key_dim, value_dim) = {have[index]} in layer {index}, "
+            f"`{layers[index].name}` {want[index]}"
+        )
+    raise ValueError(f"`prefix` was made by another model: it has {difference}.")

@@ -1,0 +1,73 @@
+"""Reading a text once: the prefix that it leaves."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+from ..kv_prefix import KVPrefix, evaluating
+from .delivery import positions_from, prefix_is_due
+from .probe import base_model, execution_device, find_attention_layers, get_text_config
+
+# Rotary embeddings whose angles are the same however long the text is, so that it can be read in pieces.
+_SAME_AT_ANY_LENGTH = {"default", "linear", "llama3", "yarn", "proportional"}
+
+
+@torch.no_grad()
+def read_prefix(
+    model: nn.Module, input_ids: Sequence[int] | Tensor, *, prefill_chunk_size: int = 2048, position: int = 0
+) -> KVPrefix:
+    """The prefix of a sequence of token ids (`[num_tokens]` or `[1, num_tokens]`), by one prefill of `model`.
+
+    Args:
+        model: A transformers causal LM, or a PEFT model around one.
+        input_ids: The text's tokens.
+        prefill_chunk_size: Tokens per forward, so that activations stay flat however long the text is. A model whose
+            rotary angles go by the length of the text (dynamic NTK, LongRoPE) reads it whole.
+        position: Where the first token stands.
+
+    Raises:
+        ValueError: there is no token, or a prefix is due to the model: the text would be read behind it.
+        UnsupportedModelError: the model has no attention that leaves a prefix.
+    """
+    layers = find_attention_layers(model, skip_unsupported=True)
+    ids = torch.as_tensor(input_ids, device=execution_device(base_model(model).get_input_embeddings())).reshape(1, -1)
+    if ids.shape[1] == 0:
+        raise ValueError("`input_ids` is empty: a prefix needs at least one token.")
+    if prefix_is_due(model):
+        raise ValueError(
+            "`model` has an active cartridge or is inside `shared_prefix`, behind which the text would be read. Read it "
+            "with the cartridge off (`with model.disable_adapter():`), or outside of the context."
+        )
+    cache = _cache_that_keeps_all(model)
+    keep_one_logit = (
+        {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(base_model(model).forward).parameters else {}
+    )
+    pieces = ids.split(prefill_chunk_size, dim=1) if _reads_in_pieces(model) else (ids,)
+    moved = positions_from(model, position) if position else contextlib.nullcontext()
+    with evaluating(model), moved:
+        for piece in pieces:
+            model(input_ids=piece, past_key_values=cache, use_cache=True, **keep_one_logit)
+    cache.layers = [cache.layers[layer.layer_idx] for layer in layers]
+    return KVPrefix.from_cache(cache)
+
+
+def _cache_that_keeps_all(model: Any) -> DynamicCache:
+    """A cache that keeps every token, also in sliding-window layers: which of them a later token still sees is decided
+    when the prefix is used. Layers that are no attention get the state they need (and no part in the prefix)."""
+    cache = DynamicCache(config=get_text_config(base_model(model)))
+    cache.layers = [DynamicLayer() if type(layer) is DynamicSlidingWindowLayer else layer for layer in cache.layers]
+    return cache
+
+
+def _reads_in_pieces(model: Any) -> bool:
+    parameters = getattr(get_text_config(base_model(model)), "rope_parameters", None) or {}
+    kinds = [parameters, *(value for value in parameters.values() if isinstance(value, dict))]
+    return {kind["rope_type"] for kind in kinds if "rope_type" in kind} <= _SAME_AT_ANY_LENGTH

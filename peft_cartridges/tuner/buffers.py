@@ -1,0 +1,70 @@
+"""The cartridges of one or several adapters as attention takes them: frozen and trainable tokens joined, in the model's
+dtype, and (in latent attention) expanded.
+
+Doing that at every decoding step would cost more than the attention to them, so it is done once for a generation: a
+forward that begins anew makes it anew, whatever has changed the parameters by then, and decoding steps behind it take it
+again unless they see another parameter, or one that was written to. While a parameter may want a gradient, and in
+compiled graphs, nothing is kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..attention.interface import expand_tokens
+from .layer import CartridgeLayer, join_tokens
+
+
+class JoinedTokens:
+    """Keys and values of a composition of adapters, for every layer.
+
+    Args:
+        layers: The cartridge layers, by layer index.
+        names: The adapters, in order.
+    """
+
+    def __init__(self, layers: Sequence[CartridgeLayer], names: tuple[str, ...]) -> None:
+        self.layers = layers
+        self.names = names
+        self._kept: dict[int, tuple[Any, Tensor, Tensor]] = {}
+
+    def begin(self) -> None:
+        """What was kept is made anew."""
+        self._kept.clear()
+
+    def num_tokens(self) -> int:
+        return sum(self.layers[0].adapter_configs[name].num_tokens or 0 for name in self.names)
+
+    def get(self, index: int, module: Any, dtype: torch.dtype, *, expand: bool) -> tuple[Tensor, Tensor]:
+        """Keys and values `[num_key_value_heads, num_tokens, dim]` of a layer.
+
+        Args:
+            index: The layer's place among `layers`.
+            module: The attention module that asks.
+            dtype: The dtype that the model computes in.
+            expand: Whether the module expands what it caches before it attends to it.
+        """
+        layer = self.layers[index]
+        parameters = [parameter for name in self.names for parameter in layer.parameters_of(name)]
+        trains = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in parameters)
+        expands_with_gradient = expand and torch.is_grad_enabled()
+        if torch.compiler.is_compiling() or trains or expands_with_gradient or _is_inference(parameters):
+            return self._make(layer, module, dtype, expand)
+        state = (dtype, torch.is_inference_mode_enabled(), [(id(p), p._version, p.data_ptr()) for p in parameters])
+        if index not in self._kept or self._kept[index][0] != state:
+            self._kept[index] = (state, *self._make(layer, module, dtype, expand))
+        return self._kept[index][1:]
+
+    def _make(self, layer: CartridgeLayer, module: Any, dtype: torch.dtype, expand: bool) -> tuple[Tensor, Tensor]:
+        keys, values = zip(*(layer.get_tokens(name) for name in self.names), strict=True)
+        key, value = join_tokens(*keys).to(dtype), join_tokens(*values).to(dtype)
+        return expand_tokens(module, key, value) if expand else (key, value)
+
+
+def _is_inference(parameters: Sequence[Tensor]) -> bool:
+    """Tensors made in inference mode tell no version."""
+    return any(parameter.is_inference() for parameter in parameters)
