@@ -291,7 +291,9 @@ class SelfStudySynthesizer:
         def keep(job: PartStudy) -> None:
             folder.write(WRITTEN, job.part, rows_to_table(job.rows(), features), job.report)
             if self._one_model and stage != WRITTEN:
-                self._score_here(folder, stage, job.part, identity)
+                with folder.claimed(stage, job.part) as mine:  # who has nothing to write any more may be at it
+                    if mine:
+                        self._score_here(folder, stage, job.part, identity)
 
         self._run(folder, WRITTEN, plan, study, keep, "Conversations", shown)
 
