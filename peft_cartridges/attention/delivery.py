@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from ..kv_prefix import KVPrefix
 from .interface import SHARED_PREFIX, AttentionPath, LayerPrefix, WindowReading, expand_tokens
 from .positions import positions_behind
-from .probe import AttentionLayer, ConfigView, base_model, execution_device, find_attention_layers, get_decoder
+from .probe import AttentionLayer, ConfigView, UnsupportedModelError, base_model, execution_device, find_attention_layers, get_decoder
 
 _HOST = "_kv_prefix_host"
 
@@ -63,6 +63,9 @@ class _Forward:
         self.compiled = False  # layers that run compiled do not tell that they took it
         self.before: _Forward | None = None
 
+
+# Of the norm, in a forward that is verified; in half precision rounding leaves more.
+_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}
 
 # Set while a decoder's forward runs, and again while a part of it is computed once more in a backward.
 _FORWARD: ContextVar[_Forward | None] = ContextVar("kv_prefix_forward", default=None)
@@ -244,6 +247,39 @@ class PrefixHost:
             self.crowded = len(self._running) > 1
         if output is not None and not forward.compiled:  # there is none after an error
             self._check_taken(forward)
+        if output is not None:
+            self._verify(forward, args, kwargs, output)
+
+    def _verify(self, forward: _Forward, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        """Holds a first forward against `past_key_values`."""
+        contexts = [prefix for prefix in forward.due if isinstance(prefix, SharedPrefix) and prefix.unverified is not None]
+        if not contexts:
+            return
+        if len(forward.due) > 1:
+            raise ValueError("`verify=True` is for one prefix alone: close the others, and disable cartridges.")
+        context, inputs = contexts[0], {**dict(zip(self.parameters, args, strict=False)), **kwargs}
+        prefix, context.unverified = context.unverified, None
+        assert prefix is not None
+        tokens = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
+        inputs |= {"past_key_values": prefix.to_cache(len(tokens)), "use_cache": True}
+        if isinstance(mask := inputs.get("attention_mask"), Tensor):
+            if mask.ndim != 2:
+                raise ValueError("`verify=True` needs a forward with an attention mask `[batch, q_len]`, or none.")
+            inputs["attention_mask"] = torch.cat([mask.new_ones(len(tokens), prefix.num_tokens), mask], 1)
+        held = _OPEN.set(tuple(other for other in _OPEN.get() if other is not context))
+        try:
+            with torch.no_grad():
+                expected = self.decoder(**inputs).last_hidden_state
+        finally:
+            _OPEN.reset(held)
+        found = output.last_hidden_state
+        real = torch.ones_like(expected[..., 0], dtype=torch.bool) if not isinstance(mask, Tensor) else mask.bool()
+        difference = (found - expected)[real].float().norm() / expected[real].float().norm()
+        if not difference < _TOLERANCE.get(found.dtype, 0.05):
+            raise UnsupportedModelError(
+                f"{type(self.decoder).__name__} gives other hidden states behind the shared prefix than with it as "
+                f"`past_key_values` (they differ by {difference:.1%} of their norm): please report this architecture."
+            )
 
     def _check_taken(self, forward: _Forward) -> None:
         if self.decoder.training and getattr(self.decoder, "layerdrop", 0):
@@ -325,8 +361,10 @@ class SharedPrefix:
         prefix: KVPrefix | int,
         attention: AttentionPath = "auto",
         window: WindowReading = "windowed",
+        verify: bool = False,
     ) -> None:
         self.model = model
+        self.unverified = prefix if verify and isinstance(prefix, KVPrefix) else None
         self.host = prefix_host(model, skip_unsupported=isinstance(prefix, int))
         self.num_tokens = prefix if isinstance(prefix, int) else prefix.num_tokens
         self._parts: list[LayerPrefix] = []
@@ -387,6 +425,7 @@ def shared_prefix(
     *,
     attention: AttentionPath = "auto",
     sliding_window: WindowReading = "windowed",
+    verify: bool = False,
 ) -> SharedPrefix:
     """Makes every row of every batch attend to `prefix`, in `forward` and `generate`, without copying it per row.
 
@@ -404,6 +443,8 @@ def shared_prefix(
         attention: `auto` (fast), `merged` or `concatenated` (the plain reference, for debugging).
         sliding_window: In sliding-window layers, whether prefix tokens leave the window as any token does (`windowed`,
             as `past_key_values` would) or stay in sight (`pinned`).
+        verify: Whether the first forward is computed once more with the prefix as `past_key_values` of every row, and the
+            final hidden states are held against those.
 
     ```python
     prefix = KVPrefix.from_text(model, tokenizer, document)
@@ -414,9 +455,12 @@ def shared_prefix(
     Raises:
         ValueError: `prefix` was made by a model of another shape.
         UnsupportedModelError: the model has layers that cannot hold a prefix.
+            In a forward, with `verify`: the results differ.
         RuntimeError: in a forward, if a layer did not attend to the prefix.
     """
-    return SharedPrefix(model, prefix, attention, sliding_window)
+    if verify and sliding_window != "windowed":
+        raise ValueError('`verify=True` compares with `past_key_values`, which only the reading "windowed" is like.')
+    return SharedPrefix(model, prefix, attention, sliding_window, verify)
 
 
 def positions_from(model: nn.Module, position: int) -> SharedPrefix:

@@ -571,10 +571,15 @@ class SelfStudyTrainer(_BaseTrainer):
             HubError: the Hub refuses it, or the repository was to be private and is public already.
         """
         name = self.args.hub_model_id or Path(self.args.output_dir or ".").absolute().name
-        with hub_errors(name, None):
-            super().init_hf_repo(token=token, private=private)
-            if self.is_world_process_zero() and (self.args.hub_private_repo if private is None else private):
-                refuse_public(cast(str, self.hub_model_id), HfApi(token=token or self.args.hub_token))
+        held = self.args.hub_private_repo
+        self.args.hub_private_repo = held if private is None else private
+        try:
+            with hub_errors(name, None):
+                super().init_hf_repo(token=token)  # transformers 5.22 takes no `private`
+                if self.is_world_process_zero() and self.args.hub_private_repo:
+                    refuse_public(cast(str, self.hub_model_id), HfApi(token=token or self.args.hub_token))
+        finally:
+            self.args.hub_private_repo = held
 
     def create_model_card(  # type: ignore[override]
         self,
