@@ -12,7 +12,7 @@ import torch
 from peft import PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
-from ..attention.layers import get_text_config
+from ..attention.probe import get_text_config
 from ..hidden_states import forward_hidden_states
 from ..kv_prefix import evaluating
 from ..tuner import CartridgeConfig, CartridgeModel

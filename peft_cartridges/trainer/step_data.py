@@ -11,6 +11,7 @@ from peft import PeftModel
 from torch import Tensor
 from torch.utils.data import Sampler
 
+from ..conversations import with_fast_targets
 from .batches import STATES, TOP_K, EvenRows, EvenStream, SelfStudyCollator, has_targets
 from .data_checks import first_rows
 from .live_targets import LiveTargets, LiveTeacher
@@ -73,6 +74,8 @@ class StepData:
         if isinstance(dataset, Dataset) and isinstance(self.trainer.data_collator, SelfStudyCollator) and not live:
             wanted = _NEEDED if self.args.needs_teacher or not is_training else _NEEDED[:2]
             dataset = dataset.select_columns([name for name in wanted if name in dataset.column_names])
+        if isinstance(dataset, Dataset):
+            dataset = with_fast_targets(dataset)
         if is_training:
             return dataset
         of_all = batch_size * self.args.world_size
