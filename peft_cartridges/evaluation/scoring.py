@@ -88,8 +88,8 @@ def predictions(system: System, rows: Sequence[Row], *, batch_size: int = 16) ->
         found = system.engine.states([system.preamble + row.ids for row in rows], [row.length for row in rows])
         return [hidden.to(device) for hidden in found]
     states: list[Tensor] = [torch.empty(0)] * len(rows)
-    for indices, model in system.parts([row.prompt for row in rows]):
-        with evaluating(model):
+    for indices, context in system.parts([row.prompt for row in rows]):
+        with context as model, evaluating(model):
             found = predicting_states(
                 model,
                 [system.preamble + rows[i].ids for i in indices],

@@ -66,17 +66,14 @@ class System:
     tokens_to_read: int = 0
     note: str = ""
 
-    def parts(self, prompts: Sequence[str]) -> Iterator[tuple[list[int], nn.Module]]:
-        """Indices of `prompts` that share what stands in front of them, with the model as it is then."""
-        if self.per_question is None:
-            if self.attach is None:
-                raise ValueError(f"The system {self.name!r} has no model in this process.")
-            with self.attach() as model:
-                yield list(range(len(prompts))), model
-            return
-        for index, prompt in enumerate(prompts):
-            with self.per_question(prompt) as model:
-                yield [index], model
+    def parts(self, prompts: Sequence[str]) -> list[tuple[list[int], AbstractContextManager[nn.Module]]]:
+        """Indices of `prompts` that share what stands in front of them, with the context that puts it there and gives the
+        model. (A generator would open it for itself alone: `shared_prefix` holds for the code inside its `with`.)"""
+        if self.per_question is not None:
+            return [([index], self.per_question(prompt)) for index, prompt in enumerate(prompts)]
+        if self.attach is None:
+            raise ValueError(f"The system {self.name!r} has no model in this process.")
+        return [(list(range(len(prompts))), self.attach())]
 
 
 @contextlib.contextmanager
