@@ -459,7 +459,9 @@ def main(argv: list[str] | None = None) -> None:
         return
     args.output.parent.mkdir(parents=True, exist_ok=True)
     run, start = Run(args, documents, general), time.perf_counter()
-    command = shlex.join(["python", "-m", "benchmarks.results", *(argv or sys.argv[1:])])
+    # Where things lie on this machine is no part of what was run.
+    given = [Path(word).name if Path(word).is_absolute() else word for word in argv or sys.argv[1:]]
+    command = shlex.join(["python", "-m", "benchmarks.results", *given])
     try:
         for cell in wanted:
             if cell.name in read_records(args.output):

@@ -348,13 +348,15 @@ def _claims(results: Results) -> str:
         "([arXiv 2506.06266](https://arxiv.org/abs/2506.06266)). Ours decide a claim only where the 95 % interval does: at "
         "least 95 % of the gap for the first, intervals that do not overlap for a comparison. In rows of starts, what the "
         "claim is held against is our own default start, the most attended tokens.\n\n"
-        + markdown_table(["claim", "paper", "ours: gap closed, or as said", "verdict"], rows)
+        + markdown_table(["claim", "paper", "ours: gap closed, or as said", "verdict"], rows, numbers=False)
     )
 
 
 def _published() -> str:
     rows = [[name, reason, figure, source] for name, reason, figure, source in PUBLISHED]
-    return "## Not run, as published\n\n" + markdown_table(["", "why not here", "its authors report", "arXiv"], rows)
+    return "## Not run, as published\n\n" + markdown_table(
+        ["", "why not here", "its authors report", "arXiv"], rows, numbers=False
+    )
 
 
 def _recipe() -> str:

@@ -28,9 +28,9 @@ def generate_answers(
         return system.engine.generate(prompts, max_new_tokens, ends)
     pad = codec.tokenizer.pad_token_id if codec.tokenizer.pad_token_id is not None else min(ends)
     answers: list[list[int]] = [[]] * len(questions)
-    for indices, attached in system.parts(questions):
+    for indices, context in system.parts(questions):
         order = sorted(indices, key=lambda i: len(prompts[i]))
-        with attached as model, evaluating(model):
+        with context as model, evaluating(model):
             for start in range(0, len(order), batch_size):
                 batch = order[start : start + batch_size]
                 inputs = _left_padded([prompts[i] for i in batch], pad, next(model.parameters()).device)

@@ -54,11 +54,18 @@ def row_of_ids(codec: ChatCodec, question: str, answer_ids: Sequence[int]) -> Ro
 
 
 def row_of_conversation(conversation: Mapping[str, Any], preamble: Sequence[int]) -> Row:
-    """A row of a self-study data set (`input_ids`, `completion_mask`, `messages`), with the turns from the first learned
-    token on looked at; `preamble` is what the data set's rows begin with."""
+    """A row of a self-study data set (`input_ids`, `completion_mask`, `messages`), of which the tokens from the first
+    learned one to the last are looked at. Its turns begin at `turns_start` where the row has that column, else behind
+    `preamble`, where it begins with that.
+
+    Raises:
+        ValueError: no token is learned.
+    """
     ids, mask = list(conversation["input_ids"]), list(conversation["completion_mask"])
-    if ids[: len(preamble)] == list(preamble):
-        ids, mask = ids[len(preamble) :], mask[len(preamble) :]
+    start = conversation.get("turns_start")
+    if start is None:
+        start = len(preamble) if ids[: len(preamble)] == list(preamble) else 0
+    ids, mask = ids[start:], mask[start:]
     if 1 not in mask:
         raise ValueError("a conversation has no learned token (`completion_mask` is 0 all over).")
     first, last = mask.index(1), len(mask) - mask[::-1].index(1)
@@ -81,8 +88,8 @@ def predictions(system: System, rows: Sequence[Row], *, batch_size: int = 16) ->
         found = system.engine.states([system.preamble + row.ids for row in rows], [row.length for row in rows])
         return [hidden.to(device) for hidden in found]
     states: list[Tensor] = [torch.empty(0)] * len(rows)
-    for indices, attached in system.parts([row.prompt for row in rows]):
-        with attached as model, evaluating(model):
+    for indices, context in system.parts([row.prompt for row in rows]):
+        with context as model, evaluating(model):
             found = predicting_states(
                 model,
                 [system.preamble + rows[i].ids for i in indices],

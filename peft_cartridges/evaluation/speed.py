@@ -39,8 +39,8 @@ def measure_speed(
     ids = torch.tensor([system.preamble + system.codec.encode_prompt([question])])
     for _ in range(repeats + 1):
         start = _now()
-        for _, attached in system.parts([question]):
-            with attached as model, evaluating(model):
+        for _, context in system.parts([question]):
+            with context as model, evaluating(model):
                 _decode(model, ids, 1)
                 first.append(_now() - start)
                 rows = ids.expand(batch_size, -1)

@@ -67,7 +67,8 @@ class System:
     note: str = ""
 
     def parts(self, prompts: Sequence[str]) -> list[tuple[list[int], AbstractContextManager[nn.Module]]]:
-        """Indices of `prompts` that share what stands in front of them, with a context that gives the model so."""
+        """Indices of `prompts` that share what stands in front of them, with the context that puts it there and gives the
+        model. (A generator would open it for itself alone: `shared_prefix` holds for the code inside its `with`.)"""
         if self.per_question is not None:
             return [([index], self.per_question(prompt)) for index, prompt in enumerate(prompts)]
         if self.attach is None:

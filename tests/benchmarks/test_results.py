@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from benchmarks import results, results_page
+from peft_cartridges.evaluation.baselines import BASELINES
 from tests.tiny_models import tiny_model, tiny_tokenizer
 
 pytest.importorskip("matplotlib")
@@ -60,6 +61,26 @@ def test_cells_are_kept_and_the_page_is_written_from_them(folder: Path, capsys: 
         file.write('{"name": "cut short')
     again, records = _run(folder, "--page-only")
     assert len(records) == 3 and again.split("## The paper")[0].split("cells")[0] == page.split("cells")[0]
+
+
+def test_a_stop_within_a_cell_loses_no_finished_method(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stops = iter([True, False, False])
+
+    def interrupted(bench: Any) -> Any:
+        if next(stops):
+            raise KeyboardInterrupt
+        return BASELINES["first_tokens"](bench)
+
+    monkeypatch.setitem(BASELINES, "interrupted", interrupted)
+    monkeypatch.setattr(results, "list_baselines", lambda: ["no_context", "full_text", "first_tokens", "interrupted"])
+    _, records = _run(folder, "--only", "baselines")
+    assert records == {}
+    (partial,) = (folder / "work" / "partial").iterdir()
+    assert list(results.read_records(partial)) == ["no_context", "full_text", "first_tokens"]
+    _, records = _run(folder, "--only", "baselines")
+    systems = records["baselines/qasper-0"]["report"]["systems"]
+    assert [s["name"] for s in systems] == ["no context", "full text", "first tokens", "first tokens"]
+    assert systems[2]["items"] == systems[3]["items"] and list((folder / "work" / "partial").iterdir()) == []
 
 
 def test_a_trained_cell_its_variants_and_a_composition(folder: Path) -> None:

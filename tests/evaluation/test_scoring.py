@@ -97,5 +97,7 @@ def test_rows_of_conversations_are_the_turns_up_to_the_last_learned_token() -> N
         "messages": [{"role": "user", "content": QUESTION}],
     }  # fmt: skip
     assert row_of_conversation(conversation, [1, 1]) == row
+    assert row_of_conversation({**conversation, "turns_start": 2}, []) == row
+    assert row_of_conversation({**conversation, "turns_start": 0}, [1, 1]).ids == [1, 1, *row.ids]
     with pytest.raises(ValueError, match="no learned token"):
         row_of_conversation({**conversation, "completion_mask": [0] * 20}, [1, 1])
