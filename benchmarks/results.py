@@ -443,11 +443,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    if args.page_only:
-        print(f"Written: {write_page(list(read_records(args.output).values()), args.page)}")
-        return
     documents, long, general = load_documents(args)
     cells = plan([name for name in documents if name not in long], long)
+    if args.page_only:
+        page = write_page(list(read_records(args.output).values()), args.page, cells=[cell.name for cell in cells])
+        print(f"Written: {page}")
+        return
     wanted = [
         c
         for c in cells
