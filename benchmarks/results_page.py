@@ -133,8 +133,7 @@ def _head(records: Sequence[Record], cells: Sequence[str]) -> str:
     about = f" ({'; '.join(machines)})" if machines else ""
     return (
         "# Results\n\nWritten by `python -m benchmarks.results` from its kept lines; every figure is of a run on this code. "
-        f"{len(records)} cells{f' of {len(cells)}' if cells else ''}, {minutes:.0f} minutes"
-        f"{about}.\n\n"
+        f"{len(records)} cells{f' of {len(cells)}' if cells else ''}, {minutes:.0f} minutes{about}.\n\n"
         + "".join(f"    {command}\n" for command in commands)
         + "\nA cell says mean [95 % interval]: over documents, and where there is one document only, over its questions. "
         "*Gap closed* is the share of the way from no context to the whole text in context, in the gold answers' negative "
