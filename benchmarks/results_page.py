@@ -16,12 +16,12 @@ Record = dict[str, Any]
 
 # What is not run, why, and what its authors report: never beside our figures as if it were one of them.
 PUBLISHED = (
-    ("MiniCache", "no maintained code for today's transformers", "5.02× smaller, 4-bit, LLaMA-2-7B on ShareGPT", "2405.14366"),
+    ("MiniCache", "not in kvpress 0.5.5", "5.02× smaller, 4-bit, LLaMA-2-7B on ShareGPT", "2405.14366"),
     (
         "Doc-to-LoRA", "its hypernetwork is trained for other base models",
         "near-perfect needles beyond 4× the window", "2602.15902",
     ),
-    ("PALU", "decomposes the base model's own weights; no maintained code for today's transformers", "91 % smaller", "2407.21118"),
+    ("PALU", "decomposes the base model's own weights, model by model", "91 % smaller", "2407.21118"),
     ("Lexico", "wants dictionaries trained for each base model", "–", "2412.08890"),
     ("RestoreKV", "its adapters exist for Llama-3.1-8B and Qwen3-8B only; kvpress loads them there", "–", "2608.01247"),
     ("FINCH", "compresses for a known question; a cartridge answers unknown ones", "–", "2408.00167"),
