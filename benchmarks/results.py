@@ -412,7 +412,7 @@ def read_records(path: Path) -> dict[str, dict[str, Any]]:
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--budget", choices=BUDGETS, default="small", help="small: half an hour on two cores; full: six"
+        "--budget", choices=BUDGETS, default="small", help="small is meant for half an hour on two cores, full for six"
     )
     parser.add_argument("--minutes", type=float, default=1e9, help="begin no further cell after so many minutes")
     parser.add_argument("--only", nargs="*", default=[], metavar="GROUP", help="only these groups of cells")
