@@ -412,7 +412,7 @@ def read_records(path: Path) -> dict[str, dict[str, Any]]:
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--budget", choices=BUDGETS, default="small", help="small: half an hour on two cores; full: six"
+        "--budget", choices=BUDGETS, default="small", help="small is meant for half an hour on two cores, full for six"
     )
     parser.add_argument("--minutes", type=float, default=1e9, help="begin no further cell after so many minutes")
     parser.add_argument("--only", nargs="*", default=[], metavar="GROUP", help="only these groups of cells")
@@ -443,11 +443,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    if args.page_only:
-        print(f"Written: {write_page(list(read_records(args.output).values()), args.page)}")
-        return
     documents, long, general = load_documents(args)
     cells = plan([name for name in documents if name not in long], long)
+    if args.page_only:
+        page = write_page(list(read_records(args.output).values()), args.page, cells=[cell.name for cell in cells])
+        print(f"Written: {page}")
+        return
     wanted = [
         c
         for c in cells

@@ -16,12 +16,12 @@ Record = dict[str, Any]
 
 # What is not run, why, and what its authors report: never beside our figures as if it were one of them.
 PUBLISHED = (
-    ("MiniCache", "no maintained code for today's transformers", "5.02× smaller, 4-bit, LLaMA-2-7B on ShareGPT", "2405.14366"),
+    ("MiniCache", "not in kvpress 0.5.5", "5.02× smaller, 4-bit, LLaMA-2-7B on ShareGPT", "2405.14366"),
     (
         "Doc-to-LoRA", "its hypernetwork is trained for other base models",
         "near-perfect needles beyond 4× the window", "2602.15902",
     ),
-    ("PALU", "decomposes the base model's own weights; no maintained code for today's transformers", "91 % smaller", "2407.21118"),
+    ("PALU", "decomposes the base model's own weights, model by model", "91 % smaller", "2407.21118"),
     ("Lexico", "wants dictionaries trained for each base model", "–", "2412.08890"),
     ("RestoreKV", "its adapters exist for Llama-3.1-8B and Qwen3-8B only; kvpress loads them there", "–", "2608.01247"),
     ("FINCH", "compresses for a known question; a cartridge answers unknown ones", "–", "2408.00167"),
@@ -130,9 +130,10 @@ def _head(records: Sequence[Record], cells: Sequence[str]) -> str:
     commands = list(dict.fromkeys(r["command"] for r in records if "command" in r))
     machines = list(dict.fromkeys(f"{Path(r['model']).name}, {r['dtype']}, {r['machine']}" for r in records))
     minutes = sum(r["seconds"] for r in records) / 60
+    about = f" ({'; '.join(machines)})" if machines else ""
     return (
         "# Results\n\nWritten by `python -m benchmarks.results` from its kept lines; every figure is of a run on this code. "
-        f"{len(records)} cells{f' of {len(cells)}' if cells else ''}, {minutes:.0f} minutes ({'; '.join(machines)}).\n\n"
+        f"{len(records)} cells{f' of {len(cells)}' if cells else ''}, {minutes:.0f} minutes{about}.\n\n"
         + "".join(f"    {command}\n" for command in commands)
         + "\nA cell says mean [95 % interval]: over documents, and where there is one document only, over its questions. "
         "*Gap closed* is the share of the way from no context to the whole text in context, in the gold answers' negative "
