@@ -20,10 +20,10 @@ PYTHON_IS_NEW_ENOUGH := import sys; v = sys.version_info; sys.exit( \
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install model quickstart test test-vllm test-versions test-lowest test-newest lint format clean distclean
+.PHONY: help install model quickstart test test-vllm test-versions test-lowest test-newest results lint format clean distclean
 
 help: ## Show this list
-	@echo "Targets (PYTHON=... picks the interpreter, ARGS='...' goes to quickstart and the tests):"
+	@echo "Targets (PYTHON=... picks the interpreter, ARGS='...' goes to quickstart, tests and results):"
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-13s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 install: $(STAMP) ## Make .venv with the pinned packages, this one (editable) and its tools
@@ -55,6 +55,9 @@ test-lowest test-newest: test-%: $(MODEL_FILE)
 	@$(VENV)-$*/bin/python -c 'from importlib.metadata import version; print("==> pytest with", \
 		*(f"{name} {version(name)}" for name in ("transformers", "peft", "trl")))'
 	@$(VENV)-$*/bin/python -m pytest -q -m "not slow" $(ARGS)
+
+results: $(MODEL_FILE) ## Measure and write docs/results.md, e.g. make results ARGS="--budget full"; carries on after a stop
+	@$(BIN)/python -m benchmarks.results $(ARGS)
 
 lint: $(STAMP) ## Check style, format and types
 	@echo "==> ruff check"

@@ -144,6 +144,7 @@ class Search:
         held_out_conversations, _ = self._conversations(run.corpus, text, held_out)
         start = time.perf_counter()
         trainer = self._trainer(run, settings, conversations, text, num_tokens, held_out_conversations)
+        trainer.initialize_cartridge()
         before = trainer.model.get_kv_prefix()
         trainer.train()
         train_seconds = time.perf_counter() - start  # with the initialization

@@ -7,13 +7,23 @@ the chunk for every question and every answer, as recipes do that call `generate
 `batches` share the chunk's prefix and run to their longest row; `refilled` gives a finished row's place to the next
 prompt. The first two are timed on a sample. Tokens per second count generated tokens over everything that it takes,
 prefill, decoding and, where it is done, the teacher's targets.
+
+    python -m benchmarks.synthesis --fake-servers 2
+
+How the queue scales, without a model: the same conversations by one server that answers every request after
+`--latency` seconds, a fixed number at a time, and by several of them.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import json
 import random
+import threading
 import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +48,13 @@ def main() -> None:
     parser.add_argument(
         "--batch-sample", type=int, default=64, help="conversations of the batches that are not refilled"
     )
+    parser.add_argument("--fake-servers", type=int, metavar="N", help="measure the queue with one server and with N")
+    parser.add_argument("--latency", type=float, default=0.2, help="seconds a fake server takes to answer")
+    parser.add_argument("--concurrency", type=int, default=8, help="requests that a fake server answers at a time")
     args = parser.parse_args()
+    if args.fake_servers:
+        fake_servers(args)
+        return
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     model: Any = AutoModelForCausalLM.from_pretrained(args.model, dtype=args.dtype)
     model = model.to(args.device).eval()
@@ -59,6 +75,63 @@ def main() -> None:
     for name, speed in (("one at a time", slow), ("batches", batches), ("refilled", refilled)):
         print(f"{name:16}{speed:>10,.1f}{speed / slow:>8.1f}")
     print(f"\n{format_report(report)}")
+
+
+def fake_servers(args: argparse.Namespace) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    text = Document(args.text.name, args.text.read_text())
+    seconds = {}
+    for number in (1, args.fake_servers):
+        with contextlib.ExitStack() as stack:
+            urls = [stack.enter_context(fake_server(args.latency)) for _ in range(number)]
+            config = SynthesisConfig(
+                num_conversations=args.num_conversations, recitation_share=0.0, max_attempts=1, quality_filters=[],
+                teacher_targets="live", engine="openai", engine_model="fake", base_url=urls,
+                concurrency=args.concurrency,
+            )  # fmt: skip
+            synthesizer = SelfStudySynthesizer(None, tokenizer, config)
+            start = time.perf_counter()
+            synthesizer.synthesize([text])
+            seconds[number] = time.perf_counter() - start
+    ideal = args.num_conversations * 2 * args.latency / args.concurrency
+    print(f"\n{'servers':>8}{'seconds':>10}{'of ideal':>10}{'times':>8}")
+    for number, took in seconds.items():
+        print(f"{number:>8}{took:>10.1f}{ideal / number / took:>10.0%}{seconds[1] / took:>8.2f}")
+
+
+@contextlib.contextmanager
+def fake_server(latency: float) -> Iterator[str]:
+    """A server that says the same few tokens after some time, whatever it is asked; gives its base URL."""
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_POST(self) -> None:
+            request = json.loads(self.rfile.read(int(self.headers["content-length"])))
+            time.sleep(latency)
+            tokens = [f"token_id:{1000 + token % 7 + request['seed'] % 97}" for token in range(8)]
+            logprobs = {"tokens": tokens, "top_logprobs": [{token: -0.1} for token in tokens]}
+            choice = {"index": 0, "text": "", "finish_reason": "stop", "logprobs": logprobs}
+            body = json.dumps(
+                {"id": "x", "object": "text_completion", "created": 0, "model": "fake", "choices": [choice]}
+            ).encode()
+            self.send_response(200)
+            self.send_header("content-type", "application/json")
+            self.send_header("content-length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *args: Any) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads = True
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}/v1"
+    finally:
+        server.shutdown()
+        server.server_close()
 
 
 @torch.no_grad()

@@ -35,16 +35,17 @@ from benchmarks.harness import (
 def ours(settings: Settings) -> dict[str, Any]:
     from peft_cartridges import CartridgeConfig
     from peft_cartridges.hidden_states import OutputHead, forward_hidden_states
-    from peft_cartridges.trainer.chunked_loss import chunked_loss
-    from peft_cartridges.trainer.losses import forward_kl
+    from peft_cartridges.objectives import Objective
 
     model = get_peft_model(load_model(settings), CartridgeConfig(num_tokens=settings["num_tokens"]))
     head = OutputHead(model)
+    objective = Objective(head, chunk_size=128)
     input_ids, learned, teacher = _batch(model, settings)
+    labels = torch.nn.functional.pad(learned.long() - 1, (1, 0), value=-1)  # 0 where a token is learned
+    batch = {"labels": torch.where(labels == 0, 0, -100), "teacher_hidden_states": teacher}
 
     def loss() -> torch.Tensor:
-        hidden = forward_hidden_states(model, input_ids=input_ids)
-        return chunked_loss(hidden[:, :-1][learned], teacher, head, forward_kl) / len(teacher)
+        return objective(forward_hidden_states(model, input_ids=input_ids), batch) / len(teacher)
 
     return _measure(model, settings, loss)
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from .attention import UnsupportedModelError, shared_prefix
     from .chat import ChatCodec, cartridge_chat_template
     from .conversations import load_self_study
-    from .evaluation import gold_answer_nll
+    from .evaluation import EvaluationConfig, evaluate_cartridge, gold_answer_nll
     from .hub import (
         HubError,
         check_base_model,
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _LAZY = {
+    "EvaluationConfig": "evaluation",
     "HubError": "hub",
     "KVPrefix": "kv_prefix",
     "SelfStudyConfig": "trainer",
@@ -45,6 +46,7 @@ _LAZY = {
     "cartridge_chat_template": "chat",
     "check_base_model": "hub",
     "compose": "hub",
+    "evaluate_cartridge": "evaluation",
     "gold_answer_nll": "evaluation",
     "initialize_cartridge": "initialization",
     "list_cartridges": "hub",
@@ -59,6 +61,7 @@ __all__ = [
     "CartridgeConfig",
     "CartridgeModel",
     "ChatCodec",
+    "EvaluationConfig",
     "HubError",
     "KVPrefix",
     "SelfStudyConfig",
@@ -69,6 +72,7 @@ __all__ = [
     "cartridge_chat_template",
     "check_base_model",
     "compose",
+    "evaluate_cartridge",
     "gold_answer_nll",
     "initialize_cartridge",
     "list_cartridges",

@@ -16,6 +16,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
+from dataclasses import dataclass
 from types import FrameType, TracebackType
 from typing import Any, Protocol
 
@@ -25,7 +26,15 @@ from torch import Tensor, nn
 from ..kv_prefix import KVPrefix
 from .interface import SHARED_PREFIX, AttentionPath, LayerPrefix, WindowReading, expand_tokens
 from .positions import positions_behind
-from .probe import AttentionLayer, ConfigView, base_model, execution_device, find_attention_layers, get_decoder
+from .probe import (
+    AttentionLayer,
+    ConfigView,
+    UnsupportedModelError,
+    base_model,
+    execution_device,
+    find_attention_layers,
+    get_decoder,
+)
 
 _HOST = "_kv_prefix_host"
 
@@ -62,7 +71,11 @@ class _Forward:
         self.taken: set[int] = set()
         self.compiled = False  # layers that run compiled do not tell that they took it
         self.before: _Forward | None = None
+        self.unverified: _Unverified | None = None
 
+
+# Of the norm, in a forward that is verified; in half precision rounding leaves more.
+_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}
 
 # Set while a decoder's forward runs, and again while a part of it is computed once more in a backward.
 _FORWARD: ContextVar[_Forward | None] = ContextVar("kv_prefix_forward", default=None)
@@ -149,7 +162,12 @@ class PrefixHost:
         here = _OPEN.get()
         if not here:
             self._warn_of_untold_threads()
-        return [context for context in here if context.host is self and context.holds_here()]
+        mine = [context for context in here if context.host is self]
+        holding = [context for context in mine if context.holds_here()]
+        if not holding:
+            for context in mine:
+                context.warn_of_suspension()
+        return holding
 
     def _warn_of_untold_threads(self) -> None:
         thread = threading.get_ident()
@@ -216,6 +234,7 @@ class PrefixHost:
             return None
         positions = positions_behind(inputs, tokens, _total([prefix.num_tokens for prefix in due]))
         forward = _Forward(self, due, positions)
+        forward.unverified = None if torch.compiler.is_compiling() else _find_unverified(due, inputs, tokens)
         if torch.compiler.is_compiling():
             self.traced = forward
         else:
@@ -244,6 +263,30 @@ class PrefixHost:
             self.crowded = len(self._running) > 1
         if output is not None and not forward.compiled:  # there is none after an error
             self._check_taken(forward)
+        if output is not None and forward.unverified is not None:
+            self._verify(forward.unverified, output.last_hidden_state)
+
+    def _verify(self, unverified: _Unverified, found: Tensor) -> None:
+        """Holds a forward against each row by itself, with the prefix as its `past_key_values`."""
+        context = unverified.context
+        prefix, context.unverified = context.unverified, None
+        assert prefix is not None
+        held = _OPEN.set(tuple(other for other in _OPEN.get() if other is not context))
+        try:
+            for tokens, real, states in zip(unverified.tokens, unverified.real, found, strict=True):
+                row = {"input_ids" if tokens.ndim == 1 else "inputs_embeds": tokens[real][None]}
+                with torch.no_grad():
+                    expected = self.decoder(
+                        **row, past_key_values=prefix.to_cache(1), use_cache=True
+                    ).last_hidden_state[0]
+                difference = ((states[real] - expected).float().norm() / expected.float().norm()).item()
+                if not difference < _TOLERANCE.get(found.dtype, 0.05):
+                    raise UnsupportedModelError(
+                        f"{type(self.decoder).__name__} gives other hidden states behind the shared prefix than with it as "
+                        f"`past_key_values` (they differ by {difference:.1%} of their norm): please report this model."
+                    )
+        finally:
+            _OPEN.reset(held)
 
     def _check_taken(self, forward: _Forward) -> None:
         if self.decoder.training and getattr(self.decoder, "layerdrop", 0):
@@ -291,6 +334,30 @@ def _continues(inputs: dict[str, Any], tokens: Tensor) -> bool:
     return tokens.shape[1] == 1 and cache is not None and getattr(cache, "is_initialized", False) is True
 
 
+@dataclass(frozen=True)
+class _Unverified:
+    """The rows of a forward that is to be verified, and which of their tokens are no padding, `[batch, q_len]`."""
+
+    context: SharedPrefix
+    tokens: Tensor
+    real: Tensor
+
+
+def _find_unverified(due: Sequence[DuePrefix], inputs: dict[str, Any], tokens: Tensor) -> _Unverified | None:
+    contexts = [prefix for prefix in due if isinstance(prefix, SharedPrefix) and prefix.unverified is not None]
+    if not contexts:
+        return None
+    mask, cache = inputs.get("attention_mask"), inputs.get("past_key_values")
+    plain = mask is None or (isinstance(mask, Tensor) and mask.shape == tokens.shape[:2])
+    if len(due) > 1 or not plain or (cache is not None and bool(cache.get_seq_length() > 0)):
+        raise ValueError(
+            "`verify=True` is for a first forward of rows behind one prefix alone, with an attention mask `[batch, q_len]` "
+            "or none: disable cartridges, close other contexts, and do not go on from a cache."
+        )
+    real = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device) if mask is None else mask != 0
+    return _Unverified(contexts[0], tokens, real)
+
+
 def _total(lengths: Sequence[int | Tensor]) -> int | Tensor:
     total = lengths[0]
     for length in lengths[1:]:
@@ -325,8 +392,10 @@ class SharedPrefix:
         prefix: KVPrefix | int,
         attention: AttentionPath = "auto",
         window: WindowReading = "windowed",
+        verify: bool = False,
     ) -> None:
         self.model = model
+        self.unverified = prefix if verify and isinstance(prefix, KVPrefix) else None
         self.host = prefix_host(model, skip_unsupported=isinstance(prefix, int))
         self.num_tokens = prefix if isinstance(prefix, int) else prefix.num_tokens
         self._parts: list[LayerPrefix] = []
@@ -338,6 +407,7 @@ class SharedPrefix:
         self._state = "new"
         self._opener: FrameType | None = None
         self.threads: set[int] = set()
+        self._warned = False
 
     def __enter__(self) -> nn.Module:
         if self._state != "new":
@@ -371,6 +441,18 @@ class SharedPrefix:
             return False
         return self._opener is None or any(frame is self._opener for frame in _frames())
 
+    def warn_of_suspension(self) -> None:
+        if self._opener is None or self._warned:
+            return
+        self._warned = True
+        warnings.warn(
+            f"A model runs without the prefix that the generator `{self._opener.f_code.co_name}` opened: it holds inside of "
+            "the generator alone. If it is for the generator's caller, make it a context manager "
+            "(`contextlib.contextmanager`).",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+
     def parts(self, layer: int, module: nn.Module, query: Tensor) -> Sequence[LayerPrefix]:
         if not self._parts:
             return ()
@@ -387,6 +469,7 @@ def shared_prefix(
     *,
     attention: AttentionPath = "auto",
     sliding_window: WindowReading = "windowed",
+    verify: bool = False,
 ) -> SharedPrefix:
     """Makes every row of every batch attend to `prefix`, in `forward` and `generate`, without copying it per row.
 
@@ -404,6 +487,8 @@ def shared_prefix(
         attention: `auto` (fast), `merged` or `concatenated` (the plain reference, for debugging).
         sliding_window: In sliding-window layers, whether prefix tokens leave the window as any token does (`windowed`,
             as `past_key_values` would) or stay in sight (`pinned`).
+        verify: Whether the first forward is computed once more with the prefix as `past_key_values` of every row, and the
+            final hidden states are held against those.
 
     ```python
     prefix = KVPrefix.from_text(model, tokenizer, document)
@@ -414,9 +499,12 @@ def shared_prefix(
     Raises:
         ValueError: `prefix` was made by a model of another shape.
         UnsupportedModelError: the model has layers that cannot hold a prefix.
+            In a forward, with `verify`: the results differ.
         RuntimeError: in a forward, if a layer did not attend to the prefix.
     """
-    return SharedPrefix(model, prefix, attention, sliding_window)
+    if verify and sliding_window != "windowed":
+        raise ValueError('`verify=True` compares with `past_key_values`, which only the reading "windowed" is like.')
+    return SharedPrefix(model, prefix, attention, sliding_window, verify)
 
 
 def positions_from(model: nn.Module, position: int) -> SharedPrefix:

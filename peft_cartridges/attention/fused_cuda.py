@@ -1,17 +1,19 @@
 """Attention parts by PyTorch's fused CUDA kernels: flash attention where nothing is masked, memory-efficient attention
 for masks and float32.
 
-They are operators that PyTorch keeps for its own use, so each is held against plain products on its first use for a
-device, a dtype and a width of heads. One that fails or differs is left aside, with a warning: what is slow is then also
-right. `torch.backends.cuda.enable_flash_sdp(False)` and `enable_mem_efficient_sdp(False)` switch them off, as they do for
-PyTorch's own attention.
+A shared prefix's forward goes through the public `varlen_attn`. That has no backward for a merged log-sum-exp and would
+copy the rows' own caches into its layout, so the others are operators that PyTorch keeps for its own use. Each is held
+against plain products on its first use for a device, a dtype and a width of heads. One that fails or differs is left
+aside, with a warning: what is slow is then also right. `torch.backends.cuda.enable_flash_sdp(False)` and
+`enable_mem_efficient_sdp(False)` switch them off, as they do for PyTorch's own attention.
 """
 
 from __future__ import annotations
 
 import functools
 import warnings
-from typing import Literal
+from collections.abc import Callable
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -23,6 +25,7 @@ from torch.backends.cuda import (
     mem_efficient_sdp_enabled,
 )
 from torch.nn.functional import pad
+from torch.torch_version import TorchVersion
 
 from .plain_attention import (
     Gradients,
@@ -35,7 +38,7 @@ from .plain_attention import (
     sum_groups,
 )
 
-Kernel = Literal["flash", "efficient"]
+Kernel = Literal["varlen", "flash", "efficient"]
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_backward
@@ -46,6 +49,9 @@ _efficient_backward = torch.ops.aten._scaled_dot_product_efficient_attention_bac
 _MASK_ALIGNMENT, _LSE_ALIGNMENT = 16, 32
 # Wider heads want, in flash attention's backward, the shared memory that these have (compute capability).
 _WIDEST_ELSEWHERE, _LARGE_GPUS = 192, {(8, 0), (9, 0), (10, 0)}
+# `varlen_attn` with grouped heads; and from how many queries on the launches for its lengths do not show.
+_FEWEST_QUERIES = 1024
+_GROUPED_VARLEN = TorchVersion(torch.__version__) >= TorchVersion("2.13")
 _TOLERANCE = {torch.float32: 5e-3}  # plain products may run in TF32
 _HALF_TOLERANCE = 2e-2
 
@@ -61,10 +67,44 @@ def flash_takes(part: Part, backward: bool) -> bool:
     )
 
 
+def varlen_takes(part: Part, backward: bool) -> bool:
+    """Whether PyTorch's public `varlen_attn` computes this part: forward, many queries to a prefix that rows share."""
+    query, width = part.query, part.query.shape[-1]
+    return (
+        not backward
+        and flash_takes(part, backward)
+        and len(query) == 1
+        and query.shape[2] >= _FEWEST_QUERIES
+        and not part.scoring.causal
+        and _is_usable("varlen", query.device, query.dtype, width, width)
+    )
+
+
 def efficient_takes(part: Part, backward: bool) -> bool:
     """Whether memory-efficient attention computes this part."""
     widths = (part.query.shape[-1], part.value.shape[-1])
     return _is_candidate(part) and _is_usable("efficient", part.query.device, part.query.dtype, *widths)
+
+
+def attend_varlen(part: Part) -> tuple[Tensor, Tensor]:
+    """As `attend_flash`, for a batch of one."""
+    from torch.nn.attention.varlen import AuxRequest  # not in all versions; see `_exists`
+
+    query, key, value = (tensor.squeeze(0).transpose(0, 1) for tensor in part[:3])
+    q_len, kv_len, device = len(query), len(key), query.device
+    # [0, length], made on the device
+    ends = [torch.arange(0, length + 1, length, dtype=torch.int32, device=device) for length in (q_len, kv_len)]
+    output, lse = _varlen_attn()(
+        query, key, value, ends[0], ends[1], q_len, kv_len,
+        return_aux=AuxRequest(lse=True), scale=part.scoring.scale, enable_gqa=part.groups > 1,
+    )  # fmt: skip
+    return output.transpose(0, 1).unsqueeze(0), lse.unsqueeze(0)
+
+
+def _varlen_attn() -> Callable[..., Any]:
+    from torch.nn.attention import varlen
+
+    return varlen.varlen_attn
 
 
 def attend_flash(part: Part) -> tuple[Tensor, Tensor]:
@@ -119,13 +159,14 @@ def _aligned(part: Part) -> Tensor | None:
     query, kv_len, mask = part.query, part.key.shape[2], part.mask
     if mask is None:
         return None
-    padded = pad(mask, (0, -kv_len % _MASK_ALIGNMENT))
-    return padded.narrow(-1, 0, kv_len).expand(*query.shape[:3], kv_len)
+    if kv_len % _MASK_ALIGNMENT or not mask.is_contiguous():
+        mask = pad(mask, (0, -kv_len % _MASK_ALIGNMENT)).narrow(-1, 0, kv_len)
+    return mask.expand(*query.shape[:3], kv_len)
 
 
 @torch.compiler.assume_constant_result
 def _is_usable(kernel: Kernel, device: torch.device, dtype: torch.dtype, key_dim: int, value_dim: int) -> bool:
-    enabled = flash_sdp_enabled() if kernel == "flash" else mem_efficient_sdp_enabled()
+    enabled = mem_efficient_sdp_enabled() if kernel == "efficient" else flash_sdp_enabled()
     return enabled and _agrees(kernel, device, dtype, key_dim, value_dim)
 
 
@@ -137,7 +178,8 @@ def _agrees(kernel: Kernel, device: torch.device, dtype: torch.dtype, key_dim: i
         return False
     try:
         with torch.no_grad(), torch.autocast(device.type, enabled=False):
-            error = max(_error(kernel, causal, device, dtype, key_dim, value_dim) for causal in (False, True))
+            masks = (False,) if kernel == "varlen" else (False, True)
+            error = max(_error(kernel, causal, device, dtype, key_dim, value_dim) for causal in masks)
     except (RuntimeError, TypeError) as problem:
         reason = f"it fails: {problem}"
     else:
@@ -157,6 +199,8 @@ def _exists(kernel: Kernel, device: torch.device, dtype: torch.dtype, key_dim: i
     params = SDPAParams(query, key, value, None, 0.0, False, False)
     if kernel == "efficient":
         return can_use_efficient_attention(params)
+    if kernel == "varlen" and not _GROUPED_VARLEN:
+        return False
     large = key_dim <= _WIDEST_ELSEWHERE or torch.cuda.get_device_capability(device) in _LARGE_GPUS
     return key_dim % 8 == 0 and large and can_use_flash_attention(params)
 
@@ -168,20 +212,22 @@ def _error(kernel: str, causal: bool, device: torch.device, dtype: torch.dtype, 
     def random(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator, device=device).to(dtype)
 
-    q_len, heads, kv_heads = 72, 4, 2
+    batch, q_len, heads, kv_heads = 1 if kernel == "varlen" else 2, 72, 4, 2
     kv_len = q_len if causal else 101
-    query, grad = random(2, heads, q_len, key_dim), random(2, heads, q_len, value_dim)
-    key, value = random(2, kv_heads, kv_len, key_dim), random(2, kv_heads, kv_len, value_dim)
-    mask = None if causal or kernel == "flash" else random(2, 1, q_len, kv_len)
+    query, grad = random(batch, heads, q_len, key_dim), random(batch, heads, q_len, value_dim)
+    key, value = random(batch, kv_heads, kv_len, key_dim), random(batch, kv_heads, kv_len, value_dim)
+    mask = random(batch, 1, q_len, kv_len) if kernel == "efficient" and not causal else None
     part = Part(query, key, value, mask, Scoring(key_dim**-0.5, causal=causal))
     wide = Part(query.float(), key.float(), value.float(), mask, part.scoring)
     output, lse = attend_plainly(wide)
     merged = (output.to(dtype) / 2, lse + 1)  # what a merge with another part could give
     wanted = (True, True, True)
     exact = [output, lse, *attend_plainly_backward(wide, grad.float(), merged[0].float(), merged[1], wanted)]
-    attend, backward = (
-        (attend_flash, attend_flash_backward) if kernel == "flash" else (attend_efficient, attend_efficient_backward)
-    )
+    attend, backward = {
+        "varlen": (attend_varlen, attend_flash_backward),
+        "flash": (attend_flash, attend_flash_backward),
+        "efficient": (attend_efficient, attend_efficient_backward),
+    }[kernel]
     found = [*attend(part), *backward(part, grad, *merged, wanted)]
     errors = [
         (mine.float() - true).norm() / true.norm()

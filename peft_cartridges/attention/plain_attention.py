@@ -24,6 +24,11 @@ class Scoring:
     softcap: float | None = None
     causal: bool = False
 
+    @property
+    def whole(self) -> Scoring:
+        """The same without causality."""
+        return Scoring(self.scale, self.softcap) if self.causal else self
+
 
 class Part(NamedTuple):
     """What one part of an attention is computed from, all of one dtype.

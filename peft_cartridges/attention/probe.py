@@ -18,13 +18,10 @@ from typing import Any
 import torch
 from accelerate.utils import extract_model_from_parallel
 from torch import Tensor, nn
-from transformers import AttentionInterface, DynamicCache, PreTrainedModel, cache_utils
+from transformers import AttentionInterface, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionCacheLayerMixin
 
 from ..kv_prefix import evaluating
-
-# Holds the place of a layer that caches nothing; transformers before 5.20 has none.
-_DUMMY_LAYER: Any = getattr(cache_utils, "DummyLayer", ())
 
 _PROBE = "kv_prefix_probe"
 _FOUND = "_kv_prefix_layers"
@@ -447,7 +444,8 @@ def _left_out(
             f"{', '.join(sorted(set(types)))}), which a prefix of keys and values does not hold. "
             "`CartridgeConfig(skip_unsupported_layers=True)` puts a cartridge into the attention only."
         )
-    dummies = {index for index, layer in enumerate(cache.layers) if isinstance(layer, _DUMMY_LAYER)}
+    # By name: transformers has them since 5.23.
+    dummies = {index for index, layer in enumerate(cache.layers) if type(layer).__name__ == "DummyLayer"}
     missing = sorted(set(range(config.num_hidden_layers)) - found - dummies)
     if len(missing) <= num_readers and not dummies:
         missing = []  # readers keep no layer of the cache

@@ -93,24 +93,27 @@ def shared_prefix_attention(
         autocast's where that is active.
     """
     device = query.device.type
-    dtype = torch.promote_types(torch.promote_types(query.dtype, key.dtype), value.dtype)
-    returned = query.dtype
+    returned = dtype = query.dtype
+    if not dtype == key.dtype == value.dtype:
+        dtype = torch.promote_types(torch.promote_types(dtype, key.dtype), value.dtype)
     if autocast := torch.is_autocast_enabled(device):
         if dtype != torch.float64:
             dtype = torch.get_autocast_dtype(device)
         returned = dtype
-    query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-    tensors = [tensor.to(dtype) for prefix in prefixes for tensor in (prefix.key, prefix.value)]
-    mask = _narrowed(mask, dtype)
+    tensors = [tensor for prefix in prefixes for tensor in (prefix.key, prefix.value)]
+    query, key, value, *tensors = (
+        tensor if tensor.dtype == dtype else tensor.to(dtype) for tensor in (query, key, value, *tensors)
+    )
+    mask = None if mask is None else _narrowed(mask, dtype)
     q_len, heads, kv_heads = query.shape[2], query.shape[1], key.shape[1]
-    scores = None if sinks is None else sinks[None, :, None]
+    scores = None if sinks is None else sinks.view(1, -1, 1)
     if packed := q_len == 1 and heads > kv_heads and (mask is None or mask.shape[1] == 1):
         # One query a row: the heads of a group are as good as that many queries.
         query = query.reshape(len(query), kv_heads, heads // kv_heads, -1)
         scores = None if sinks is None else sinks.view(1, kv_heads, -1)
-        scoring = dataclasses.replace(scoring, causal=False)
+        scoring = scoring.whole
     inputs = (query, key, value, *tensors) + (() if sinks is None else (sinks,))
-    arguments: tuple[Any, ...] = (query, key, value, scores, mask, scoring, prefixes, *tensors)
+    arguments: tuple[Any, ...] = (query, key, value, scores, mask, scoring, prefixes, not packed, *tensors)
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs):
         with torch.autocast(device, enabled=False):
             output = _SharedPrefixAttention.apply(*arguments)
@@ -121,7 +124,7 @@ def shared_prefix_attention(
         output = _forward(*arguments)[0]
     if packed:
         output = output.reshape(len(output), heads, 1, -1)
-    return output.to(returned)
+    return output if output.dtype == returned else output.to(returned)
 
 
 def _forward(
@@ -132,10 +135,11 @@ def _forward(
     mask: Tensor | None,
     scoring: Scoring,
     prefixes: Sequence[Prefix],
+    heads_last: bool,
     *tensors: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """Merged output and merged log-sum-exp."""
-    whole = dataclasses.replace(scoring, causal=False)
+    whole = scoring.whole
     parts = [attend(Part(query, key, value, mask, scoring))]
     for prefix, prefix_key, prefix_value in zip(prefixes, tensors[0::2], tensors[1::2], strict=True):
         if isinstance(prefix, PrefixPart):
@@ -143,7 +147,7 @@ def _forward(
         else:
             parts.append(_attend_by_row(prefix, query, prefix_key, prefix_value, whole))
     outputs, lses = zip(*parts, strict=True)
-    return merge(outputs, lses, sinks)
+    return merge(outputs, lses, sinks, heads_last)
 
 
 class _SharedPrefixAttention(torch.autograd.Function):
@@ -157,9 +161,10 @@ class _SharedPrefixAttention(torch.autograd.Function):
         mask: Tensor | None,
         scoring: Scoring,
         prefixes: Sequence[Prefix],
+        heads_last: bool,
         *tensors: Tensor,
     ) -> Tensor:
-        output, lse = _forward(query, key, value, sinks, mask, scoring, prefixes, *tensors)
+        output, lse = _forward(query, key, value, sinks, mask, scoring, prefixes, heads_last, *tensors)
         # CPU kernels take the output as the merge gave it, which makes the small gradients of large scores exact.
         saved = output if query.device.type == "cpu" else output.to(query.dtype)
         ctx.save_for_backward(query, key, value, sinks, mask, saved, lse, *tensors)
@@ -179,11 +184,11 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     wants_query, *wants_own = ctx.needs_input_grad[:3]
     own = Part(query, key, value, mask, scoring)
     d_query, d_key, d_value = attend_backward(own, grad, output, lse, (wants_query, *wants_own))
-    whole = dataclasses.replace(scoring, causal=False)
+    whole = scoring.whole
     d_tensors: list[Tensor | None] = []
     for number, prefix in enumerate(ctx.prefixes):
         prefix_key, prefix_value = tensors[2 * number : 2 * number + 2]
-        wanted = (wants_query, *ctx.needs_input_grad[7 + 2 * number : 9 + 2 * number])
+        wanted = (wants_query, *ctx.needs_input_grad[8 + 2 * number : 10 + 2 * number])
         function: Callable[..., Gradients]
         function = _attend_shared_backward if isinstance(prefix, PrefixPart) else _attend_by_row_backward
         d_part, *d_prefix = function(prefix, query, prefix_key, prefix_value, whole, grad, output, lse, wanted)
@@ -197,7 +202,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         d_sinks = -products.sum_to_size(sinks.shape).to(sinks.dtype)
     return (
         *(_rounded(tensor, query.dtype) for tensor in (d_query, d_key, d_value)),
-        *(d_sinks, None, None, None),
+        *(d_sinks, None, None, None, None),
         *(_rounded(tensor, query.dtype) for tensor in d_tensors),
     )
 
@@ -212,15 +217,15 @@ def _rounded(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 def _attend_shared(
     prefix: PrefixPart, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring
 ) -> tuple[Tensor, Tensor]:
-    rows, batch, like = prefix.rows, len(query), query
-    if rows is not None:
-        query = query[rows]
-    output, lse = attend(Part(_fold(query, 1), key[None], value[None], _fold_mask(prefix.mask, query, 1), scoring))
-    output, lse = _unfold(output, len(query)), _unfold(lse[..., None], len(query)).squeeze(-1)
-    if rows is not None:
-        output = output.new_zeros(batch, *output.shape[1:]).index_copy_(0, rows, output)
-        lse = lse.new_full(like.shape[:3], float("-inf")).index_copy_(0, rows, lse)
-    return output, lse
+    if prefix.rows is None:
+        folding = _Folding(query, key.shape[0], 1)
+        output, lse = attend(folding.part(query, key, value, prefix.mask, scoring))
+        return folding.undo(output), folding.undo(lse)
+    everyone = dataclasses.replace(prefix, rows=None)
+    output, lse = _attend_shared(everyone, query.index_select(0, prefix.rows), key, value, scoring)
+    nothing = lse.new_full(query.shape[:3], float("-inf"))
+    output = output.new_zeros(len(query), *output.shape[1:]).index_copy_(0, prefix.rows, output)
+    return output, nothing.index_copy_(0, prefix.rows, lse)
 
 
 def _attend_shared_backward(
@@ -235,22 +240,61 @@ def _attend_shared_backward(
     wanted: Wanted,
 ) -> Gradients:
     if prefix.rows is not None:
-        query, grad, output, lse = (tensor[prefix.rows] for tensor in (query, grad, output, lse))
-    batch, splits = len(query), _pseudo_batches(query, key)
-    part = Part(
-        _fold(query, splits),
-        key.expand(splits, *key.shape),
-        value.expand(splits, *value.shape),
-        _fold_mask(prefix.mask, query, splits),
-        scoring,
-    )
-    folded = (_fold(grad, splits), _fold(output, splits), _fold(lse[..., None], splits).squeeze(-1))
-    d_query, d_key, d_value = attend_backward(part, *folded, wanted)
+        query, grad, output, lse = (tensor.index_select(0, prefix.rows) for tensor in (query, grad, output, lse))
+    folding = _Folding(query, key.shape[0], _pseudo_batches(query, key))
+    part = folding.part(query, key, value, prefix.mask, scoring)
+    saved = (folding.do(output), folding.do(lse))
+    d_query, d_key, d_value = attend_backward(part, folding.do(grad), *saved, wanted)
     return (
-        None if d_query is None else _unfold(d_query, batch),
+        None if d_query is None else folding.undo(d_query),
         None if d_key is None else d_key.sum(0),
         None if d_value is None else d_value.sum(0),
     )
+
+
+@torch.compiler.assume_constant_result
+def _num_threads() -> int:
+    return torch.get_num_threads()
+
+
+class _Folding:
+    """`[batch, heads, q_len, dim]` to `[splits, heads, batch / splits * q_len, dim]` and back: the rows' queries as those
+    of one row, or of a few.
+
+    On CUDA nothing is copied where heads lie behind tokens in memory, as models have it. On a CPU the query heads of a
+    group become queries, too (`[splits, kv_heads, batch / splits * groups * q_len, dim]`), for whose many attention
+    to few heads is faster.
+    """
+
+    def __init__(self, query: Tensor, kv_heads: int, splits: int) -> None:
+        batch, heads, q_len, _ = query.shape
+        self.heads = heads if query.is_cuda else kv_heads
+        self.splits, self.queries = splits, (batch // splits, heads // self.heads, q_len)
+
+    def do(self, tensor: Tensor) -> Tensor:
+        """Of `[batch, heads, q_len, dim]`, or without the last."""
+        rows, groups, q_len = self.queries
+        tensor = tensor.view(self.splits, rows, self.heads, groups, q_len, *tensor.shape[3:])
+        return tensor.transpose(1, 2).reshape(self.splits, self.heads, rows * groups * q_len, *tensor.shape[5:])
+
+    def undo(self, tensor: Tensor) -> Tensor:
+        """The inverse; also of what has another first axis than `splits`."""
+        rows, groups, q_len = self.queries
+        tensor = tensor.view(-1, self.heads, rows, groups, q_len, *tensor.shape[3:]).transpose(1, 2)
+        return tensor.reshape(len(tensor) * rows, self.heads * groups, q_len, *tensor.shape[5:])
+
+    def part(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scoring: Scoring) -> Part:
+        """Of queries `[batch, heads, q_len, key_dim]` to keys and values `[kv_heads, num_tokens, dim]`."""
+        if mask is not None:
+            rows, groups, q_len = self.queries
+            mask = (
+                _narrowed(mask, query.dtype)
+                .view(self.splits, 1, rows, 1, -1, key.shape[1])
+                .expand(-1, -1, -1, groups, q_len, -1)
+            )
+            mask = mask.flatten(2, 4)
+        key, value = (tensor.expand(self.splits, *tensor.shape) for tensor in (key, value))
+        return Part(self.do(query), key, value, mask, scoring)
 
 
 def _pseudo_batches(query: Tensor, key: Tensor) -> int:
@@ -261,27 +305,9 @@ def _pseudo_batches(query: Tensor, key: Tensor) -> int:
         blocks = heads * -(-key.shape[1] // _BLOCK_KEYS)
         enough = -(-_GPU_BLOCKS // blocks)
     else:
-        enough = torch.get_num_threads() if kv_heads % torch.get_num_threads() else 1
+        threads = _num_threads()
+        enough = threads if kv_heads % threads else 1
     return next((splits for splits in range(min(enough, batch), batch) if batch % splits == 0), batch)
-
-
-def _fold(tensor: Tensor, splits: int) -> Tensor:
-    """`[batch, heads, q_len, dim]` to `[splits, heads, batch / splits * q_len, dim]`; no copy where, as models have it,
-    heads lie behind tokens in memory."""
-    return tensor.unflatten(0, (splits, -1)).transpose(1, 2).flatten(2, 3)
-
-
-def _unfold(tensor: Tensor, batch: int) -> Tensor:
-    """The inverse of `_fold`."""
-    return tensor.unflatten(2, (batch // len(tensor), -1)).transpose(1, 2).flatten(0, 1)
-
-
-def _fold_mask(mask: Tensor | None, query: Tensor, splits: int) -> Tensor | None:
-    """`[batch, q_len, num_tokens]` to `[splits, 1, batch / splits * q_len, num_tokens]`."""
-    if mask is None:
-        return None
-    mask = mask.expand(-1, query.shape[2], -1)  # where a row's query heads stand as queries
-    return _narrowed(mask, query.dtype).reshape(splits, 1, -1, mask.shape[-1])  # type: ignore[union-attr]
 
 
 # -- a prefix of its own for every row ------------------------------------------------------------------------------
@@ -293,16 +319,13 @@ def _attend_by_row(
     if prefix.index is None or prefix.mask is not None or len(key) * query.shape[2] > _PICKED_QUERIES:
         key, value = _of_rows(prefix, key), _of_rows(prefix, value)
         return attend(Part(query, key, value, _row_mask(prefix, query, prefix.index), scoring))
-    batch, rows = len(query), torch.arange(len(query), device=query.device)
-    everyone = _fold(query, 1).expand(len(key), -1, -1, -1)
+    folding, rows = _Folding(query, key.shape[1], 1), torch.arange(len(query), device=query.device)
+    everyone = folding.do(query).expand(len(key), -1, -1, -1)
     output, lse = attend(Part(everyone, key, value, _row_mask(prefix, query, None), scoring))
-    output, lse = (_fold_back(tensor, batch)[prefix.index, rows] for tensor in (output, lse[..., None]))
-    return output, lse.squeeze(-1).masked_fill((prefix.index < 0)[:, None, None], float("-inf"))
-
-
-def _fold_back(tensor: Tensor, batch: int) -> Tensor:
-    """`[num_prefixes, heads, batch * q_len, dim]` to `[num_prefixes, batch, heads, q_len, dim]`."""
-    return tensor.unflatten(2, (batch, -1)).transpose(1, 2)
+    picked = prefix.index.clamp(min=0) * len(query) + rows
+    # [num_prefixes, heads, rows * groups * q_len, dim] to [num_prefixes * rows, heads * groups, q_len, dim]
+    output, lse = (folding.undo(tensor).index_select(0, picked) for tensor in (output, lse))
+    return output, lse.masked_fill((prefix.index < 0).view(-1, 1, 1), float("-inf"))
 
 
 def _attend_by_row_backward(
@@ -334,7 +357,7 @@ def _of_rows(prefix: RowPrefixes, tensor: Tensor) -> Tensor:
 
 def _row_mask(prefix: RowPrefixes, query: Tensor, index: Tensor | None) -> Tensor | None:
     """Additive, `[batch, 1, q_len | 1, num_tokens]`, or, without `index`, by prefix instead of by row."""
-    mask = None if prefix.mask is None else _narrowed(prefix.mask, query.dtype)[:, None]  # type: ignore[index]
+    mask = None if prefix.mask is None else _narrowed(prefix.mask, query.dtype).unsqueeze(1)
     if prefix.lengths is None and index is None:
         return mask
     num_tokens, lengths = prefix.key.shape[2], prefix.lengths
@@ -342,15 +365,15 @@ def _row_mask(prefix: RowPrefixes, query: Tensor, index: Tensor | None) -> Tenso
         lengths = index.new_full((), num_tokens) if lengths is None else _of_rows(prefix, lengths)
         lengths = torch.where(index < 0, 0, lengths)
     assert lengths is not None
-    hidden = torch.arange(num_tokens, device=query.device) >= lengths[:, None, None, None]
+    hidden = torch.arange(num_tokens, device=query.device) >= lengths.view(-1, 1, 1, 1)
     if mask is None:
-        mask = query.new_zeros(1)
-    return torch.where(hidden, torch.finfo(query.dtype).min, mask)
+        mask = query.new_zeros(hidden.shape)
+    return mask.masked_fill(hidden, torch.finfo(query.dtype).min)
 
 
-def _narrowed(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+def _narrowed(mask: Tensor, dtype: torch.dtype) -> Tensor:
     """An additive mask in another dtype, whose lowest numbers stay finite."""
-    if mask is None or mask.dtype == dtype:
+    if mask.dtype == dtype:
         return mask
     return mask.clamp(min=torch.finfo(dtype).min).to(dtype)
 

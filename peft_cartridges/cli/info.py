@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 from pathlib import Path
 
 from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
@@ -75,9 +76,7 @@ def _on_the_hub(args: argparse.Namespace) -> tuple[Path, int | None]:
         raise ValueError(f"{name!r} is neither a folder nor a name on the Hub (`user/name`).")
     with hub_errors(name, args.revision):
         config = hf_hub_download(name, CONFIG_FILE, revision=args.revision)
-        try:
+        with contextlib.suppress(EntryNotFoundError):  # stock PEFT and other tools write none
             hf_hub_download(name, FACTS_FILE, revision=args.revision)
-        except EntryNotFoundError:  # of stock PEFT, or of another tool
-            pass
         weights = get_hf_file_metadata(hf_hub_url(name, WEIGHTS_FILE, revision=args.revision))
     return Path(config).parent, weights.size

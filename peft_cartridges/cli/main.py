@@ -16,6 +16,9 @@ from .quiet import quiet_libraries
 COMMANDS: dict[str, tuple[str, str]] = {
     "chat": ("chat", "Talk with a model behind a cartridge, here or on a server."),
     "compose": ("compose", "Join several cartridges into one."),
+    "cost": ("cost", "What a cartridge costs to make and to serve, and when it pays."),
+    "estimate": ("estimate", "Say what a project takes: disk, memory and time."),
+    "evaluate": ("evaluate", "Measure a cartridge on its text and off it, beside what one would do instead."),
     "info": ("info", "Tell what a cartridge is, without loading it."),
     "list": ("list", "List the cartridges on the Hub."),
     "pull": ("pull", "Fetch a cartridge from the Hub and check it."),

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from datasets import Dataset
 from transformers import AutoConfig, AutoTokenizer, EarlyStoppingCallback
@@ -132,7 +132,7 @@ class _Help(argparse.RawDescriptionHelpFormatter):
 def make_parser(*, show_all: bool = False) -> TrlParser:
     """One set of options for the command line and for YAML (`--config`)."""
     parser = TrlParser(
-        [ModelArguments, DataArguments, SelfStudyConfig],
+        cast(Any, [ModelArguments, DataArguments, SelfStudyConfig]),
         prog="cartridges train",
         usage="cartridges train [CORPUS …] --model MODEL --output-dir FOLDER [--num-tokens N] [options]",
         description=_DESCRIPTION,
@@ -230,7 +230,7 @@ def _make_trainer(
         train_dataset,
         processing_class=tokenizer,
         peft_config=CartridgeConfig(num_tokens=model.num_tokens, num_frozen_tokens=model.num_frozen_tokens),
-        callbacks=stopping,
+        callbacks=cast(Any, stopping),
         gold_questions=questions,
         corpus=text if data.conversations and documents else None,
         quantization_config=quantization,

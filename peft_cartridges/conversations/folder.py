@@ -124,10 +124,10 @@ class ConversationFolder:
         folders = sorted(entry.name for entry in self.path.iterdir() if entry.is_dir()) if self.path.is_dir() else []
         return [name for name in folders if self.parts(name)]
 
-    def write(self, stage: str, part: Part, dataset: Dataset, report: Mapping[str, Any]) -> None:
+    def write(self, stage: str, part: Part, rows: pa.Table | Dataset, report: Mapping[str, Any]) -> None:
         """Keeps a finished part. It counts as finished once the Arrow file has its name, which comes last."""
         write_text(self._file(stage, part, "json"), json.dumps(report, ensure_ascii=False))
-        table = dataset.data.table
+        table = rows.data.table if isinstance(rows, Dataset) else rows
         sink = pa.BufferOutputStream()
         with pa.ipc.new_stream(sink, table.schema) as writer:
             writer.write_table(table)

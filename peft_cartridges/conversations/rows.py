@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import pyarrow as pa
 import torch
 from datasets import Dataset, Features, List, Value
 
@@ -30,9 +31,9 @@ def make_features(targets: str, *, usefulness: bool = False) -> Features:
     return Features({**_COLUMNS, **(_USEFULNESS if usefulness else {}), **TARGETS[targets]})
 
 
-def rows_to_dataset(rows: Sequence[Mapping[str, Any]], features: Features) -> Dataset:
-    """A data set of rows; there may be none."""
-    return Dataset.from_dict({name: [row[name] for row in rows] for name in features}, features=features)
+def rows_to_table(rows: Sequence[Mapping[str, Any]], features: Features) -> pa.Table:
+    """Rows as they are kept; there may be none."""
+    return pa.table({name: [row[name] for row in rows] for name in features}, schema=features.arrow_schema)
 
 
 def with_fast_targets(dataset: Dataset) -> Dataset:

@@ -44,7 +44,7 @@ class SynthesisEstimate:
             f"{self.conversations:,} conversations ({self.recitations:,} of them recitations) about {self.chunks:,} "
             f"chunks, which cover the corpus {self.tilings:.1f} times\n"
             f"{self.prefill_tokens:,} tokens to prefill, at most {self.generated_tokens:,} to generate\n"
-            f"at most {self.learned_tokens:,} tokens to learn from, whose targets take {_size(self.target_bytes)}"
+            f"at most {self.learned_tokens:,} tokens to learn from, whose targets take {format_bytes(self.target_bytes)}"
         )
 
 
@@ -73,7 +73,8 @@ def estimate_run(
     answers = dialogues * args.num_rounds * args.max_answer_tokens
     questions = dialogues * args.num_rounds * args.max_question_tokens
     learned = answers + recitations * _RECITATION_TOKENS
-    each = 2 * (hidden_size or 0) if args.teacher_targets == "hidden_states" else 8 * args.teacher_top_k
+    sizes = {"hidden_states": 2 * (hidden_size or 0), "top_k": 8 * args.teacher_top_k, "live": 0}
+    each = sizes[args.teacher_targets]
     return SynthesisEstimate(
         chunks=chunks,
         tilings=round(chunks / per_tiling, 2),
@@ -86,7 +87,8 @@ def estimate_run(
     )
 
 
-def _size(number: float) -> str:
+def format_bytes(number: float) -> str:
+    """A size for people."""
     for unit in ("bytes", "KB", "MB", "GB"):
         if number < 1000:
             return f"{number:,.0f} {unit}"

@@ -9,12 +9,13 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 from datasets import Dataset
 
 from ..chat import ChatCodec
 from ..conversations.folder import Part
-from ..conversations.rows import learned_tokens, make_features, rows_to_dataset
+from ..conversations.rows import learned_tokens, make_features, rows_to_table
 from ..conversations.targets import (
     HiddenStates,
     Targets,
@@ -31,7 +32,8 @@ from .synthesis_config import SynthesisConfig
 # Positions whose logits exist at a time.
 _POSITIONS = 512
 
-Scored = tuple[Dataset, dict[str, Any]]
+# The rows, and what came of them.
+Scored = tuple[pa.Table, dict[str, Any]]
 
 
 class ModelScorer:
@@ -200,7 +202,7 @@ class EngineScoring:
 
 
 def finish(part: Part, rows: list[dict[str, Any]], dropped: Counter[str], args: SynthesisConfig) -> Scored:
-    """Drops what is not useful, keeps the best of what is too much, and makes the data set."""
+    """Drops what is not useful, keeps the best of what is too much, and makes the table."""
     if args.measures_usefulness:
         dialogues = [row for row in rows if row["seed_type"] != RECITATION]
         useful = [row for row in dialogues if row["usefulness"] >= args.min_usefulness]
@@ -210,7 +212,7 @@ def finish(part: Part, rows: list[dict[str, Any]], dropped: Counter[str], args: 
         chosen = {row["id"] for row in best}
         rows = [row for row in rows if row["seed_type"] == RECITATION or row["id"] in chosen]
     features = make_features(args.teacher_targets, usefulness=args.measures_usefulness)
-    return rows_to_dataset(rows, features), {"dropped": dict(+dropped)}
+    return rows_to_table(rows, features), {"dropped": dict(+dropped)}
 
 
 def _read_top_k(row: dict[str, Any], length: int) -> TopK:

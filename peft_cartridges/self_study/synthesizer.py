@@ -23,7 +23,7 @@ from ..conversations.folder import WRITTEN, ConversationFolder, Part, cover
 from ..conversations.loading import read_parts, without_bulk, without_rows
 from ..conversations.provenance import CorpusDigest, describe, make_identity, origin_of
 from ..conversations.report import make_report, without
-from ..conversations.rows import make_features, rows_to_dataset
+from ..conversations.rows import make_features, rows_to_table
 from ..corpus import Chunk, Chunker, iter_documents
 from ..model_identity import model_fingerprint, tokenizer_fingerprint
 from .dialogue import SeedPrompts
@@ -289,9 +289,11 @@ class SelfStudySynthesizer:
             return self._study(part, chunks[part.chunk], **options)
 
         def keep(job: PartStudy) -> None:
-            folder.write(WRITTEN, job.part, rows_to_dataset(job.rows(), features), job.report)
+            folder.write(WRITTEN, job.part, rows_to_table(job.rows(), features), job.report)
             if self._one_model and stage != WRITTEN:
-                self._score_here(folder, stage, job.part, identity)
+                with folder.claimed(stage, job.part) as mine:  # who has nothing to write any more may be at it
+                    if mine:
+                        self._score_here(folder, stage, job.part, identity)
 
         self._run(folder, WRITTEN, plan, study, keep, "Conversations", shown)
 

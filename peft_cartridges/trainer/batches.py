@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset as TorchDataset
 from torch.utils.data import IterableDataset as TorchIterableDataset
+from transformers.trainer_pt_utils import IterableDatasetShard
 
 from ..hidden_states import pad_right
 
@@ -142,6 +143,13 @@ class EvenStream(TorchIterableDataset[dict[str, Any]]):
             yield row
         if row is not None:
             yield from (_blank(row) for _ in range(-number % self.multiple))
+
+
+def source_of(dataset: Any) -> Any:
+    """The data set that a data loader's rows come from."""
+    while isinstance(dataset, EvenRows | EvenStream | IterableDatasetShard):
+        dataset = dataset.dataset
+    return dataset
 
 
 def _blank(row: dict[str, Any]) -> dict[str, Any]:

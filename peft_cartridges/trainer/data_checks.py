@@ -10,7 +10,8 @@ from ..chat import get_tokenizer
 from ..conversations import read_provenance
 from ..conversations.provenance import FORMAT
 from ..model_identity import model_fingerprint, tokenizer_fingerprint
-from .batches import has_targets
+from .batches import STATES, has_targets
+from .self_study_config import SelfStudyConfig
 
 _ROWS_LOOKED_AT = 8
 
@@ -18,6 +19,14 @@ _ROWS_LOOKED_AT = 8
 def first_rows(dataset: Any, number: int = _ROWS_LOOKED_AT) -> list[dict[str, Any]]:
     """The first rows of a data set, also of one that comes row by row."""
     return list(itertools.islice(iter(dataset), number))
+
+
+def is_corpus(dataset: Any) -> bool:
+    """Whether a data set is texts to write conversations about, and not conversations."""
+    if dataset is None:
+        return False
+    columns = getattr(dataset, "column_names", None) or next(iter(first_rows(dataset, 1)), {})
+    return "text" in columns and "input_ids" not in columns
 
 
 def check_columns(dataset: Any, name: str, *, needs_teacher: bool = True, needs_context: bool = False) -> set[str]:
@@ -100,6 +109,34 @@ def check_origin(dataset: Any, name: str, model: Any, processing_class: Any) -> 
                 f"`{name}[{number}]` has {len(states)} numbers of `teacher_hidden_states` for {learned} learned tokens, "
                 f"but the model's hidden size is {hidden_size}: the data set was made with another base model."
             )
+
+
+def check_data(train_dataset: Any, eval_dataset: Any, args: SelfStudyConfig, model: Any, processing_class: Any) -> None:
+    """Whether conversations have their columns and belong to the model.
+
+    Raises:
+        ValueError: as `check_columns` and `check_origin`, or settings do not go with the data.
+    """
+    named: dict[str, Any] = {}
+    if isinstance(eval_dataset, dict):
+        named = {f"eval_dataset[{name!r}]": part for name, part in eval_dataset.items()}
+    elif eval_dataset is not None:
+        named = {"eval_dataset": eval_dataset}
+    for name, dataset in named.items():
+        check_columns(dataset, name)
+    if args.resample_every and not is_corpus(train_dataset):
+        raise ValueError("`resample_every` needs a corpus with a `text` column as `train_dataset`.")
+    if train_dataset is not None and not is_corpus(train_dataset):
+        live = bool(args.on_policy_fraction or (args.prompt_loss_weight and args.needs_teacher))
+        columns = check_columns(train_dataset, "train_dataset", needs_teacher=args.needs_teacher, needs_context=live)
+        if args.loss_temperature != 1 and args.needs_teacher and has_targets(columns) and STATES not in columns:
+            raise ValueError(
+                f"`loss_temperature={args.loss_temperature}` needs `teacher_hidden_states`: what a temperature makes of "
+                "top-k targets is unknown. Set it to 1, or synthesize with `teacher_targets=hidden_states`."
+            )
+        named["train_dataset"] = train_dataset
+    for name, dataset in named.items():
+        check_origin(dataset, name, model, processing_class)
 
 
 def _check_tokens(row: dict[str, Any], name: str, tokenizer: Any) -> None:

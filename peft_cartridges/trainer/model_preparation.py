@@ -8,9 +8,13 @@ import os
 from dataclasses import replace
 from typing import Any
 
+import torch
 from peft import PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
+from ..attention.probe import get_text_config
+from ..hidden_states import forward_hidden_states
+from ..kv_prefix import evaluating
 from ..tuner import CartridgeConfig, CartridgeModel
 from .self_study_config import SelfStudyConfig
 
@@ -59,6 +63,11 @@ def load_base_model(
     if quantization_config is not None:
         options["quantization_config"] = quantization_config
     if options.get("quantization_config") is not None:  # such weights cannot be moved afterwards
+        if args.device.type == "cpu" and getattr(options["quantization_config"], "load_in_4bit", False):
+            raise ValueError(
+                "A base model in 4 bits cannot be trained behind on a CPU: bitsandbytes (0.50) repacks its weights when they "
+                "generate, and gives no gradient through them afterwards. Load it in 8 bits, or use a GPU."
+            )
         options.setdefault("device_map", {"": args.device})
     if args.shard_model:
         options.setdefault("distributed_config", {"fsdp_size": args.world_size})
@@ -107,6 +116,28 @@ def add_cartridge(
         peft_config = replace(peft_config, num_frozen_tokens=0)
     set_seed(args.seed)
     return get_peft_model(model, peft_config)
+
+
+@torch.no_grad()
+def check_packing(model: Any) -> None:
+    """Whether rows that are laid end to end stay apart in the model; two short ones show it.
+
+    Raises:
+        ValueError: they see each other.
+    """
+    device = model.get_input_embeddings().weight.device
+    rows = [torch.arange(1, 6, device=device)[None], torch.arange(5, 0, -1, device=device)[None]]
+    positions = torch.arange(5, device=device)[None]
+    with evaluating(model):
+        apart = torch.cat([forward_hidden_states(model, input_ids=row) for row in rows], dim=1)
+        packed = torch.cat([positions, positions], dim=1)
+        together = forward_hidden_states(model, input_ids=torch.cat(rows, dim=1), position_ids=packed)
+    if (together - apart).abs().max() > 0.1 * apart.std():  # rounding stays far below, another row's tokens do not
+        config = get_text_config(model)
+        raise ValueError(
+            f"`padding_free=True`: with `attn_implementation={config._attn_implementation!r}`, a {config.model_type} model "
+            "does not keep rows apart that are laid end to end. Set it to False, or use flash attention."
+        )
 
 
 def is_sharded(model: Any) -> bool:

@@ -77,6 +77,39 @@ class CartridgePusher(TrainerCallback):
             token=args.hub_token if token is None else token,
         ).commit
 
+    def push_now(
+        self,
+        commit_message: str,
+        *,
+        blocking: bool,
+        token: str | None,
+        revision: str | None,
+        private: bool | None,
+        card: dict[str, Any],
+    ) -> Any:
+        """Saves the cartridge and its card and uploads them; see `SelfStudyTrainer.push_to_hub`."""
+        trainer, args = self.trainer, self.trainer.args
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        base_model = check_base_name(model, args, card.get("finetuned_from"))
+        trainer.callback_handler.on_push_begin(args, trainer.state, trainer.control)
+        if trainer.hub_model_id is None:
+            trainer.init_hf_repo(token=token, private=private)
+        trainer.save_model(_internal_call=True)
+        if not trainer.is_world_process_zero():
+            return None
+        trainer.create_model_card(**card)
+        trainer._finish_current_push()
+        push = functools.partial(
+            self.push,
+            Path(args.output_dir or "."),
+            base_model=base_model,
+            commit_message=commit_message,
+            token=token,
+            revision=revision,
+            private=private,
+        )
+        return push() if blocking else hf_api().run_as_future(push)
+
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """The cartridge of a checkpoint with its card, in the background; with `hub_strategy` `checkpoint` or
         `all_checkpoints` the checkpoint too, but for the pickled arguments."""

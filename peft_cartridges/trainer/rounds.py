@@ -10,6 +10,8 @@ from datasets import Dataset
 from torch.utils.data import Dataset as TorchDataset
 from torch.utils.data import Sampler
 
+from ..conversations import with_fast_targets
+
 
 class ConversationRounds(TorchDataset[dict[str, Any]]):
     """A data set in rounds; a round is synthesized when the first of its rows is asked for, and forgets the one before.
@@ -37,7 +39,7 @@ class ConversationRounds(TorchDataset[dict[str, Any]]):
         if number != self._round:
             # Synthesis draws from the global random state, which is the training's.
             with torch.random.fork_rng():
-                self._rows = self._synthesize(number)
+                self._rows = with_fast_targets(self._synthesize(number))
             self._round = number
         assert self._rows is not None
         return self._rows[row % len(self._rows)]

@@ -6,7 +6,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeAlias, cast
 
 import torch
 from datasets import Dataset, IterableDataset
@@ -15,9 +15,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.data import SequentialSampler
 from transformers import PreTrainedModel, TrainerCallback
-from transformers.trainer_pt_utils import IterableDatasetShard
 from transformers.trainer_utils import EvalLoopOutput, EvalPrediction
-from transformers.utils.hub import hf_api
 from trl.trainer.base_trainer import _BaseTrainer
 
 from ..chat import ChatCodec, get_tokenizer, with_cartridge_chat_template
@@ -28,23 +26,21 @@ from ..hub_errors import hub_errors
 from ..initialization import initialize_cartridge
 from ..objectives import Objective
 from ..tuner import CartridgeConfig
-from .batches import STATES, TOP_K, EvenRows, EvenStream, SelfStudyCollator, has_targets, keep_rows
+from .batches import SelfStudyCollator, keep_rows, source_of
 from .cartridge_parameters import MovingAverage, find_broken_parameter, parameter_groups, sample_values
 from .checkpoints import CheckpointWriter
 from .corpus_study import CorpusStudy, find_hub_datasets, text_of_contexts
-from .data_checks import check_columns, check_origin, first_rows
+from .data_checks import check_data, is_corpus
 from .gap_evaluation import GapEvaluation
-from .live_targets import LiveTargets, LiveTeacher
-from .model_preparation import add_cartridge, check_distribution, is_sharded, load_base_model
+from .model_preparation import add_cartridge, check_distribution, check_packing, is_sharded, load_base_model
 from .pushing import CartridgePusher, check_base_name
-from .rounds import ConversationRounds, RoundOrder
-from .row_order import SeededOrder, by_chunk, by_length, row_lengths
 from .run_card import write_run_card
 from .self_study_config import INITIALIZE_FROM_NOTHING, SelfStudyConfig
+from .step_data import StepData
+from .throughput import Throughput, memory_gib
 from .training_curve import TrainingCurveCallback
 
-AnyDataset = Dataset | IterableDataset
-_TRAINED_COLUMNS = ("input_ids", "completion_mask", STATES, *TOP_K)
+AnyDataset: TypeAlias = Dataset | IterableDataset
 
 
 class SelfStudyTrainer(_BaseTrainer):
@@ -103,7 +99,7 @@ class SelfStudyTrainer(_BaseTrainer):
         "id": "2506.06266",
     }
     # The loss is a mean over the learned tokens of all accumulated batches, see `get_batch_samples`.
-    loss_is_scaled_for_ga = True
+    loss_is_scaled_for_ga = True  # type: ignore[assignment]
 
     args: SelfStudyConfig
     push_in_progress: Any
@@ -139,7 +135,7 @@ class SelfStudyTrainer(_BaseTrainer):
         if not args.default_system_prompt:
             processing_class = with_cartridge_chat_template(processing_class)
 
-        self.study = CorpusStudy(train_dataset, args, processing_class) if _is_corpus(train_dataset) else None
+        self.study = CorpusStudy(train_dataset, args, processing_class) if is_corpus(train_dataset) else None
         self.corpus = self.study.text if self.study is not None else corpus
         self.hub_datasets = find_hub_datasets(train_dataset)
         is_new = not isinstance(model, PeftModel)
@@ -150,7 +146,7 @@ class SelfStudyTrainer(_BaseTrainer):
         peft_model = add_cartridge(model, args, peft_config, begins_at_random=self._first_text is None)
         if args.push_to_hub:  # not only when all is done
             check_base_name(peft_model, args)
-        _check_data(train_dataset, eval_dataset, args, peft_model, processing_class, is_corpus=self.study is not None)
+        check_data(train_dataset, eval_dataset, args, peft_model, processing_class)
 
         # Gathered by all processes; the card is written by one.
         self.base_identity = identify_base_model(peft_model) if is_sharded(peft_model) else None
@@ -159,8 +155,9 @@ class SelfStudyTrainer(_BaseTrainer):
         self.average = MovingAverage(peft_model, args.ema_decay)
         self.pusher = CartridgePusher(self)
         self._checkpoints = CheckpointWriter(self)
-        if isinstance(train_dataset, IterableDataset) and not args.accelerator_config.dispatch_batches:
-            args.accelerator_config.dispatch_batches = False  # batches are of unequal size, so none can be cut apart
+        if isinstance(train_dataset, IterableDataset):
+            # Batches are of unequal size, so accelerate cannot cut one apart for several processes.
+            cast(Any, args.accelerator_config).dispatch_batches = False
         evaluates_later = bool(gold_questions or (self.study is not None and args.num_eval_conversations))
         super().__init__(
             model=peft_model,
@@ -183,7 +180,6 @@ class SelfStudyTrainer(_BaseTrainer):
         )
         # Trainer counts the learned tokens of a step only for a loss that takes their number.
         self.model_accepts_loss_kwargs = True
-        self._check_settings()
         head = OutputHead(peft_model)
         self._objective = Objective(
             head,
@@ -203,8 +199,9 @@ class SelfStudyTrainer(_BaseTrainer):
             without_context=plain_processing_class,
         )
         self.codec = ChatCodec(peft_model, processing_class, args.chat_template_kwargs, thoughts=args.thoughts)
-        self._live: LiveTargets | None = None
-        self._tokens_since_log, self._last_log = torch.zeros((), dtype=torch.long), time.perf_counter()
+        self._data = StepData(self)
+        self._check_settings()
+        self._throughput = Throughput()
         self._measured = torch.zeros(2, dtype=torch.float64, device=args.device)  # sum of KL, number of tokens
 
     def _send_telemetry(self) -> None:
@@ -216,15 +213,6 @@ class SelfStudyTrainer(_BaseTrainer):
             raise ValueError(
                 f"`use_liger_kernel=True` needs a CUDA device, this is {args.device.type}: set it to False."
             )
-        if args.resample_every and self.study is None:
-            raise ValueError("`resample_every` needs a corpus with a `text` column as `train_dataset`.")
-        if args.loss_temperature != 1 and args.needs_teacher and self.study is None and dataset is not None:
-            columns = set(first_rows(dataset, 1)[0])
-            if has_targets(columns) and STATES not in columns:
-                raise ValueError(
-                    f"`loss_temperature={args.loss_temperature}` needs `teacher_hidden_states`: what a temperature makes "
-                    "of top-k targets is unknown. Set it to 1, or synthesize with `teacher_targets=hidden_states`."
-                )
         sharded = "`shard_model`" if is_sharded(self.model) else "DeepSpeed" if self.is_deepspeed_enabled else None
         if sharded is None:
             return
@@ -232,7 +220,7 @@ class SelfStudyTrainer(_BaseTrainer):
         for name in ("on_policy_fraction", "prompt_loss_weight", *(["ema_decay"] if sharded == "DeepSpeed" else [])):
             if getattr(args, name):
                 raise ValueError(f"`{name}` does not go with {sharded}: {remedy}. Use DDP, or set it to 0.")
-        if sharded == "`shard_model`" and (self.study is not None or self._is_live(dataset)):
+        if sharded == "`shard_model`" and (self.study is not None or self._data.is_live(dataset)):
             raise ValueError(
                 "`shard_model=True` needs conversations with the teacher's targets as `train_dataset`: writing and "
                 "scoring them needs the whole model in each process. Make them first with `cartridges synthesize`."
@@ -244,7 +232,7 @@ class SelfStudyTrainer(_BaseTrainer):
         """Puts keys and values of the text into a new cartridge, unless something has been put there already. `train`,
         `evaluate` and `save_model` do it first; call it to look at the cartridge before."""
         noise, self._noise = self._noise, None
-        if self._first_text is None or noise is None or noise != sample_values(self.model):
+        if self._first_text is None or noise is None or noise != sample_values(cast(nn.Module, self.model)):
             return
         self._place_model()
         self._say(f"Initializing the cartridge ({self.args.initialization}) …")
@@ -289,8 +277,10 @@ class SelfStudyTrainer(_BaseTrainer):
         if resume_from_checkpoint:  # it brings its cartridge along
             self._noise = None
         self.initialize_cartridge()
+        if self.args.padding_free:
+            check_packing(self.model)
         self.write_conversations()
-        self._last_log = time.perf_counter()
+        self._throughput.restart()
         output = super().train(resume_from_checkpoint, *args, **kwargs)
         self.average.apply()
         return output
@@ -298,20 +288,8 @@ class SelfStudyTrainer(_BaseTrainer):
     # -- batches -----------------------------------------------------------------------------------------------------
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        dataset: Any = self.train_dataset if train_dataset is None else train_dataset
-        args, strategy = self.args, self.args.train_sampling_strategy
-        if isinstance(dataset, ConversationRounds):
-            return RoundOrder(dataset, self._data_seed)
-        if strategy not in ("group_by_length", "random") or not isinstance(dataset, Dataset):
-            return super()._get_train_sampler(train_dataset)
-        arrange = None
-        if strategy == "group_by_length" and self._is_live(dataset):
-            name = "chunk_id" if "chunk_id" in dataset.column_names else "context"
-            arrange = by_chunk(list(dataset[name]), args.rows_per_chunk)
-        elif strategy == "group_by_length":
-            per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-            arrange = by_length(row_lengths(dataset), per_step)
-        return SeededOrder(len(dataset), self._data_seed, arrange)
+        order = self._data.order(self.train_dataset if train_dataset is None else train_dataset)
+        return super()._get_train_sampler(train_dataset) if order is None else order
 
     def _get_eval_sampler(self, eval_dataset: Any) -> Any:
         return SequentialSampler(eval_dataset)
@@ -328,70 +306,20 @@ class SelfStudyTrainer(_BaseTrainer):
         """As `Trainer._get_dataloader`, for training, evaluation and prediction alike. Rows that need the teacher come as
         they are; see `get_batch_samples` and `prediction_step`."""
         collator = self.data_collator
-        finished_later = self._is_live(dataset, is_training=is_training)
-        if isinstance(dataset, Dataset) and isinstance(collator, SelfStudyCollator) and not finished_later:
-            wanted = _TRAINED_COLUMNS if self.args.needs_teacher or not is_training else _TRAINED_COLUMNS[:2]
-            dataset = dataset.select_columns([name for name in wanted if name in dataset.column_names])
-        if not is_training:
-            of_all = batch_size * self.args.world_size
-            dataset = EvenRows(dataset, of_all) if hasattr(dataset, "__len__") else EvenStream(dataset, of_all)
-        self.data_collator = keep_rows if finished_later else collator
+        live = self._data.is_live(dataset, is_training=is_training)
+        dataset = self._data.prepared(dataset, batch_size, is_training=is_training)
+        self.data_collator = keep_rows if live else collator
         try:
             return super()._get_dataloader(dataset, description, batch_size, sampler_fn, is_training, dataloader_key)
         finally:
             self.data_collator = collator
-
-    @property
-    def _data_seed(self) -> int:
-        return self.args.seed if self.args.data_seed is None else self.args.data_seed
-
-    def _is_live(self, dataset: Any, *, is_training: bool = True) -> bool:
-        """Whether rows of the data set are finished in the step."""
-        args = self.args
-        if dataset is None or (is_training and (args.on_policy_fraction or args.prompt_loss_weight)):
-            return dataset is not None
-        if is_training and not args.needs_teacher:
-            return False
-        if isinstance(dataset, ConversationRounds):
-            return args.teacher_targets == "live"
-        columns = getattr(dataset, "column_names", None) or next(iter(first_rows(dataset, 1)), {})
-        return not has_targets(columns)
-
-    @property
-    def live_targets(self) -> LiveTargets:
-        """What finishes rows in the step; made when it is first needed."""
-        if self._live is None:
-            args = self.args
-            self._live = LiveTargets(
-                LiveTeacher(cast(PeftModel, self.model), self.codec, cache_size=args.teacher_cache_size),
-                on_policy_fraction=args.on_policy_fraction,
-                prompt_loss_weight=args.prompt_loss_weight,
-                needs_teacher=args.needs_teacher,
-                max_new_tokens=args.max_answer_tokens,
-                temperature=args.on_policy_temperature,
-                generation_batch_size=args.generation_batch_size,
-            )
-        return self._live
 
     def get_batch_samples(
         self, epoch_iterator: Any, num_batches: int, device: torch.device
     ) -> tuple[list[Any], Tensor | int | None]:
         """The batches of a step, finished, and the weight of all their learned tokens."""
         batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
-        if not batches or "rows" not in batches[0]:
-            return batches, count
-        step, process = self.state.global_step, self.args.process_index
-        finished = []
-        for number, batch in enumerate(batches):
-            rows = self.live_targets.for_training(batch["rows"], f"{self._data_seed}/{step}/{process}/{number}")
-            finished.append(self._prepare_inputs(self.data_collator(rows)))
-        if not self.args.prompt_loss_weight:
-            return finished, self._get_num_items_in_batch(finished, device)
-        total = sum(batch["loss_weights"][:, 1:][batch["labels"][:, 1:] != -100].sum() for batch in finished)
-        total = torch.as_tensor(total, device=device)
-        if self.args.average_tokens_across_devices and self.args.world_size > 1:
-            total = self.accelerator.gather(total).sum()
-        return finished, total
+        return self._data.finish(batches, device) if batches and "rows" in batches[0] else (batches, count)
 
     def compute_loss(
         self,
@@ -406,7 +334,7 @@ class SelfStudyTrainer(_BaseTrainer):
         loss = (self._objective if model.training else self._measure)(hidden, inputs)
         learned = inputs["labels"][:, 1:] != -100
         if model.training:
-            self._tokens_since_log = self._tokens_since_log.to(learned.device) + _num_tokens(inputs["labels"])
+            self._throughput.add(inputs["labels"])
         else:
             self._measured += torch.stack([loss.detach().double(), learned.sum()])
         if num_items_in_batch is None:
@@ -454,7 +382,7 @@ class SelfStudyTrainer(_BaseTrainer):
         return self._checkpoints.folder(super()._get_output_dir(trial))
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        if broken := find_broken_parameter(self.model):
+        if broken := find_broken_parameter(cast(nn.Module, self.model)):
             raise self._checkpoints.diverged(f"`{broken}` holds NaN or infinite values")
         save = super()._save_checkpoint
         self._checkpoints.write(self._get_output_dir(trial), lambda: save(model, trial), self.average.save)
@@ -508,7 +436,7 @@ class SelfStudyTrainer(_BaseTrainer):
         output, kl = measure(prediction_loss_only)
         # Trainer's loss is a mean of means over batches; a mean over tokens does not depend on who shares a batch.
         metrics = {**(output.metrics or {}), f"{metric_key_prefix}_loss": kl}
-        found = self._gap.of_conversations(_source(dataloader.dataset), kl, lambda: measure(True)[1])
+        found = self._gap.of_conversations(source_of(dataloader.dataset), kl, lambda: measure(True)[1])
         metrics |= {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
         return output._replace(metrics=self._with_gap(metrics, metric_key_prefix))
 
@@ -521,7 +449,7 @@ class SelfStudyTrainer(_BaseTrainer):
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """The mean KL of a batch and, if they are wanted, its logits `[batch, q_len, vocab_size]` and labels."""
         if "rows" in inputs:
-            inputs = self.data_collator(self.live_targets.for_evaluation(inputs["rows"]))
+            inputs = self.data_collator(self._data.live_targets.for_evaluation(inputs["rows"]))
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
@@ -544,12 +472,10 @@ class SelfStudyTrainer(_BaseTrainer):
         """As `Trainer.log`; training steps also with tokens per second (all processes), memory and, where it is what is
         minimized, the KL by its name."""
         if "loss" in logs:
-            now = time.perf_counter()
-            logs["tokens_per_second"] = self._tokens_since_log.item() * self.args.world_size / (now - self._last_log)
-            logs["memory_gib"] = _memory_gib(self.args.device)
+            logs["tokens_per_second"] = self._throughput.take() * self.args.world_size
+            logs["memory_gib"] = memory_gib(self.args.device)
             if self.args.loss_type == "forward_kl" and self.args.loss_temperature == 1:
                 logs["kl"] = logs["loss"]
-            self._tokens_since_log, self._last_log = torch.zeros((), dtype=torch.long), now
         super().log(logs, start_time)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -568,10 +494,15 @@ class SelfStudyTrainer(_BaseTrainer):
             HubError: the Hub refuses it, or the repository was to be private and is public already.
         """
         name = self.args.hub_model_id or Path(self.args.output_dir or ".").absolute().name
-        with hub_errors(name, None):
-            super().init_hf_repo(token=token, private=private)
-            if self.is_world_process_zero() and (self.args.hub_private_repo if private is None else private):
-                refuse_public(cast(str, self.hub_model_id), HfApi(token=token or self.args.hub_token))
+        held = self.args.hub_private_repo
+        self.args.hub_private_repo = held if private is None else private
+        try:
+            with hub_errors(name, None):
+                super().init_hf_repo(token=token)  # transformers 5.22 takes no `private`
+                if self.is_world_process_zero() and self.args.hub_private_repo:
+                    refuse_public(cast(str, self.hub_model_id), HfApi(token=token or self.args.hub_token))
+        finally:
+            self.args.hub_private_repo = held
 
     def create_model_card(  # type: ignore[override]
         self,
@@ -591,14 +522,9 @@ class SelfStudyTrainer(_BaseTrainer):
             model_name: The card's heading.
             dataset, dataset_name: Data sets on the Hub that it was made from (the names of `Trainer` and of TRL).
         """
-        changes = {
-            "language": _as_list(language),
-            "license": license,
-            "tags": _as_list(tags),
-            "title": model_name,
-            "base_model": finetuned_from,
-            "datasets": _as_list(dataset or dataset_name),
-        }
+        facts = {"language": language, "tags": tags, "datasets": dataset or dataset_name}
+        changes: dict[str, Any] = {name: [value] if isinstance(value, str) else value for name, value in facts.items()}
+        changes |= {"license": license, "title": model_name, "base_model": finetuned_from}
         write_run_card(self, self.args.output_dir or ".", **{name: value for name, value in changes.items() if value})
 
     def push_to_hub(
@@ -623,84 +549,14 @@ class SelfStudyTrainer(_BaseTrainer):
             ValueError: the base model has no name on the Hub.
             HubError: the Hub refuses it or cannot be reached. The cartridge is in `output_dir` then.
         """
-        model = self.accelerator.unwrap_model(self.model)
-        base_model = check_base_name(model, self.args, kwargs.get("finetuned_from"))
-        self.callback_handler.on_push_begin(self.args, self.state, self.control)
-        if self.hub_model_id is None:
-            self.init_hf_repo(token=token, private=private)
-        self.save_model(_internal_call=True)
-        if not self.is_world_process_zero():
-            return None
-        self.create_model_card(**kwargs)
-        self._finish_current_push()
-
-        def push() -> Any:
-            return self.pusher.push(
-                Path(self.args.output_dir or "."),
-                base_model=base_model,
-                commit_message=commit_message or "End of training",
-                token=token,
-                revision=revision,
-                private=private,
-            )
-
-        return push() if blocking else hf_api().run_as_future(push)
+        return self.pusher.push_now(
+            commit_message or "End of training",
+            blocking=blocking,
+            token=token,
+            revision=revision,
+            private=private,
+            card=kwargs,
+        )
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """`CartridgePusher.on_save` does it, when the checkpoint is complete."""
-
-
-def _is_corpus(dataset: Any) -> bool:
-    if dataset is None:
-        return False
-    columns = getattr(dataset, "column_names", None) or next(iter(first_rows(dataset, 1)), {})
-    return "text" in columns and "input_ids" not in columns
-
-
-def _check_data(
-    train_dataset: Any, eval_dataset: Any, args: SelfStudyConfig, model: PeftModel, processing_class: Any, *,
-    is_corpus: bool,
-) -> None:  # fmt: skip
-    """Whether conversations have their columns and belong to the model."""
-    named: dict[str, Any] = {}
-    if isinstance(eval_dataset, dict):
-        named = {f"eval_dataset[{name!r}]": part for name, part in eval_dataset.items()}
-    elif eval_dataset is not None:
-        named = {"eval_dataset": eval_dataset}
-    for name, dataset in named.items():
-        check_columns(dataset, name)
-    if train_dataset is not None and not is_corpus:
-        live = bool(args.on_policy_fraction or (args.prompt_loss_weight and args.needs_teacher))
-        check_columns(train_dataset, "train_dataset", needs_teacher=args.needs_teacher, needs_context=live)
-        named["train_dataset"] = train_dataset
-    for name, dataset in named.items():
-        check_origin(dataset, name, model, processing_class)
-
-
-def _source(dataset: Any) -> Any:
-    """The data set that a data loader's rows come from."""
-    while isinstance(dataset, EvenRows | EvenStream | IterableDatasetShard):
-        dataset = dataset.dataset
-    return dataset
-
-
-def _num_tokens(labels: Tensor) -> Tensor:
-    """Tokens of a batch without its padding: up to the last learned token of each row of `labels` `[batch, q_len]`."""
-    positions = torch.arange(1, labels.shape[1] + 1, device=labels.device)
-    return ((labels != -100) * positions).amax(1).sum()
-
-
-def _memory_gib(device: torch.device) -> float:
-    """Most memory used so far, in GiB: of the GPU where the training is on one, otherwise of this process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    try:
-        import resource
-    except ImportError:  # Windows
-        return float("nan")
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (2**30 if sys.platform == "darwin" else 2**20)
-
-
-def _as_list(value: str | list[str] | None) -> list[str] | None:
-    return [value] if isinstance(value, str) else value

@@ -15,8 +15,9 @@ import torch
 from peft import get_peft_model
 from torch import Tensor, nn
 
-from peft_cartridges import CartridgeConfig, KVPrefix, shared_prefix
-from tests.exactness import assert_close, cartridge_model, gradients
+from peft_cartridges import CartridgeConfig, KVPrefix, UnsupportedModelError, shared_prefix
+from peft_cartridges.attention import delivery
+from tests.exactness import assert_close, cartridge_model, gradients, pad
 from tests.tiny_models import tiny_model, token_ids
 
 ROWS = token_ids(2, 6, seed=1)
@@ -157,6 +158,7 @@ def test_tasks_have_their_own(model: nn.Module, prefixes: list[KVPrefix]) -> Non
     assert asyncio.run(both()) == [True, True]
 
 
+@pytest.mark.filterwarnings("ignore:A model runs without the prefix that the generator")
 def test_generators_have_their_own(model: nn.Module, prefixes: list[KVPrefix]) -> None:
     bare, alone = _logits(model), _alone(model, prefixes)
 
@@ -193,7 +195,8 @@ def test_a_context_manager_around_it_is_the_callers(model: nn.Module, prefixes: 
 
     rows = stream()
     assert torch.equal(next(rows), alone)
-    assert not torch.equal(_logits(model), alone)
+    with pytest.warns(RuntimeWarning, match="the generator `stream` opened"):
+        assert not torch.equal(_logits(model), alone)
     assert torch.equal(next(rows), alone)
 
 
@@ -323,3 +326,23 @@ def test_two_cartridges_of_one_model(model: nn.Module, prefixes: list[KVPrefix])
     again.base_model.set_kv_prefix(prefixes[1], "second")
     again.set_adapter("second")
     assert_close(_logits(again.eval()), alone[1], 1e-5)
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "deepseek_v3"])
+def test_the_first_forward_can_be_verified(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model(name)
+    prefix = KVPrefix.from_input_ids(model, token_ids(12))
+    batch = pad([token_ids(length, seed=length) for length in (3, 7)], "left")
+    del batch["position_ids"]
+    with torch.no_grad(), shared_prefix(model, prefix, verify=True):
+        model(**batch)
+        model(input_ids=ROWS)
+    monkeypatch.setattr(delivery, "positions_behind", lambda inputs, tokens, _: torch.arange(tokens.shape[1])[None])
+    with (
+        torch.no_grad(),
+        shared_prefix(model, prefix, verify=True),
+        pytest.raises(UnsupportedModelError, match="gives other hidden states behind the shared prefix"),
+    ):
+        model(input_ids=ROWS)
+    with pytest.raises(ValueError, match="is like"):
+        shared_prefix(model, prefix, verify=True, sliding_window="pinned")

@@ -3,6 +3,7 @@ themselves (their signatures and shapes), with plain products in the kernels' pl
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import varlen
 
 from peft_cartridges.attention import fused_cuda, plain_attention
 from peft_cartridges.attention.kernels import KERNELS
@@ -81,6 +83,9 @@ def test_the_operators_take_what_they_are_given(heads: int) -> None:
             fused_cuda.attend_flash_backward(part, query, *results[0], wanted),
             fused_cuda.attend_efficient_backward(masked, query, *results[1], wanted),
         ]
+        single = part._replace(query=query.narrow(0, 0, 1), key=key.narrow(0, 0, 1), value=key.narrow(0, 0, 1))
+        output, lse = fused_cuda.attend_varlen(single)
+        assert (output.shape, lse.shape, lse.dtype) == (single.query.shape, single.query.shape[:3], torch.float32)
         for output, lse in results:
             assert (output.shape, lse.shape, lse.dtype) == (query.shape, query.shape[:3], torch.float32)
         for d_query, d_key, d_value in gradients:
@@ -103,6 +108,20 @@ class _Kernels:
         part = Part(query, key, value, None, Scoring(scale or 1.0, causal=is_causal))
         output, lse = plain_attention.attend_plainly(part)
         return output + self.error, lse, None, None, query.shape[2], key.shape[2], None, None, None
+
+    def varlen(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        given = inspect.signature(varlen.varlen_attn).bind(*args, **kwargs)
+        given.apply_defaults()
+        self.calls.append("varlen")
+        query, key, value, ends, key_ends, max_q, max_k = given.args
+        assert (max_q, max_k) == (len(query), len(key))
+        if not torch.compiler.is_compiling():
+            assert (ends.tolist(), key_ends.tolist()) == ([0, max_q], [0, max_k])
+        assert given.kwargs["enable_gqa"] == (query.shape[1] != key.shape[1]) and given.kwargs["return_aux"].lse
+        tensors = [tensor.transpose(0, 1).unsqueeze(0) for tensor in (query, key, value)]
+        part = Part(tensors[0], tensors[1], tensors[2], None, Scoring(given.kwargs["scale"]))
+        output, lse = plain_attention.attend_plainly(part)
+        return output[0].transpose(0, 1) + self.error, lse[0]
 
     def flash_backward(
         self, grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, logsumexp: Tensor,
@@ -156,7 +175,11 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[_Kernels]:
             library.impl(f"_scaled_dot_product_{name}_attention_backward", getattr(stand_in, f"{name}_backward"), "CPU")
         half = (torch.float16, torch.bfloat16)
         monkeypatch.setattr(fused_cuda, "_is_candidate", lambda part: part.scoring.softcap is None)
-        monkeypatch.setattr(fused_cuda, "_exists", lambda kernel, device, dtype, *_: kernel != "flash" or dtype in half)
+        exists = lambda kernel, device, dtype, *_: kernel == "efficient" or dtype in half  # noqa: E731
+        monkeypatch.setattr(fused_cuda, "_exists", exists)
+        monkeypatch.setattr(fused_cuda, "_FEWEST_QUERIES", 64)
+        stand_in_varlen = stand_in.varlen  # asks the real one for its signature, before it is replaced
+        monkeypatch.setattr(fused_cuda, "_varlen_attn", lambda: stand_in_varlen)
         monkeypatch.setattr("peft_cartridges.attention.kernels.KERNELS", KERNELS[2:])
         fused_cuda._agrees.cache_clear()
         yield stand_in
@@ -170,11 +193,13 @@ def test_merged_from_fused_parts(kernels: _Kernels, mask: str, dtype: torch.dtyp
     kernels.calls.clear()  # with those of the comparison on first use
     _assert_as_exact(*_problem(mask, dtype), tolerance)
     prefix_kernel = "flash" if dtype == torch.bfloat16 else "efficient"
+    forward_kernel = "varlen" if dtype == torch.bfloat16 else "efficient"
     rows_kernel = "efficient" if mask == "padding" else prefix_kernel
-    assert kernels.calls == [rows_kernel, prefix_kernel, f"{rows_kernel} backward", f"{prefix_kernel} backward"]
+    assert kernels.calls == [rows_kernel, forward_kernel, f"{rows_kernel} backward", f"{prefix_kernel} backward"]
 
 
-def test_kernels_are_chosen_in_a_compiled_graph(kernels: _Kernels) -> None:
+def test_kernels_are_chosen_in_a_compiled_graph(kernels: _Kernels, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused_cuda, "_FEWEST_QUERIES", 1024)
     tensors, _, scoring = _problem("causal", torch.bfloat16)
     query, key, value, prefix_key, prefix_value = (tensor.detach() for tensor in tensors)
 
@@ -182,9 +207,10 @@ def test_kernels_are_chosen_in_a_compiled_graph(kernels: _Kernels) -> None:
         return shared_prefix_attention(query, key, value, [PrefixPart(prefix_key, prefix_value)], scoring=scoring)
 
     expected = attention(query)
+    kernels.calls.clear()
     compiled = torch.compile(attention, fullgraph=True, backend="eager")(query)
     torch.testing.assert_close(compiled, expected)
-    assert kernels.calls[-2:] == ["flash", "flash"]
+    assert kernels.calls == ["flash", "flash"]
 
 
 def test_pytorchs_own_switches_hold(kernels: _Kernels) -> None:

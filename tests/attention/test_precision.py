@@ -76,7 +76,7 @@ def _assert_close(
     ]
     output, *gradients = ratios
     assert len(ratios) == len(exact) and output < 1.5
-    assert max(gradients) < 1.25 and sum(gradients) < len(gradients)
+    assert max(gradients) < 1.25 and sum(gradients) < 1.03 * len(gradients)
 
 
 @pytest.mark.parametrize("scale", SCALES)

@@ -32,7 +32,7 @@ def _live(trainer: SelfStudyTrainer, dataset: Dataset, seed: str = "0") -> tuple
     """A batch as it was written, and as the step gets it."""
     trainer.initialize_cartridge()
     rows = [dataset[i] for i in range(6)]
-    return trainer.data_collator(rows), trainer.data_collator(trainer.live_targets.for_training(rows, seed))
+    return trainer.data_collator(rows), trainer.data_collator(trainer._data.live_targets.for_training(rows, seed))
 
 
 def _rows(batch: dict[str, Any]) -> list[list[int]]:
@@ -61,7 +61,7 @@ def test_the_student_answers_and_the_teacher_scores(tmp_path: Path, conversation
         turns = new[index][len(ChatCodec(None, TOKENIZER).preamble) :]
         expected = _teacher_states(row["context"], turns, counts[index])
         torch.testing.assert_close(states[index], expected, atol=5e-3, rtol=5e-3)
-    assert len(trainer.live_targets.teacher.prefixes._kept) == 1
+    assert len(trainer._data.live_targets.teacher.prefixes._kept) == 1
 
 
 def test_on_policy_answers_are_the_students_own(tmp_path: Path, conversations: Dataset) -> None:

@@ -125,6 +125,6 @@ def test_bad_input_names_the_argument_and_the_remedy(tmp_path: Path, conversatio
     empty = Dataset.from_dict({"text": [""]})
     with pytest.raises(ValueError, match=r"Document 0 of the corpus .* is empty"):
         SelfStudyTrainer(tiny_model(), args, empty, processing_class=TOKENIZER, peft_config=config)
-    long = CartridgeConfig(num_tokens=10_000)
-    with pytest.raises(ValueError, match="fewer than `num_tokens=10000`"):
+    long = CartridgeConfig(num_tokens=511)
+    with pytest.raises(ValueError, match="fewer than `num_tokens=511`"):
         SelfStudyTrainer(tiny_model(), args, CORPUS, processing_class=TOKENIZER, peft_config=long).train()

@@ -9,9 +9,10 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import PeftModel
+from torch import Tensor
 
-from peft_cartridges import CartridgeConfig
-from tests.exactness import assert_close
+from peft_cartridges import CartridgeConfig, KVPrefix
+from tests.exactness import assert_close, pad
 from tests.tiny_models import tiny_model, tiny_tokenizer, token_ids
 
 pytest.importorskip("trl")
@@ -133,6 +134,14 @@ def _gkd(folder: Path, **common: Any) -> Any:
     )
 
 
+def _online_dpo(folder: Path, **common: Any) -> Any:
+    from trl.experimental.online_dpo import OnlineDPOConfig, OnlineDPOTrainer
+
+    rows = [{"prompt": _user(question)} for question in QUESTIONS]
+    args = OnlineDPOConfig(folder, max_new_tokens=6, max_length=64, **ARGUMENTS)
+    return OnlineDPOTrainer(args=args, reward_funcs=_reward, train_dataset=Dataset.from_list(rows), **common)
+
+
 TRAINERS = {
     "SFTTrainer": _sft,
     "SFTTrainer, packed": _sft_packed,
@@ -143,6 +152,7 @@ TRAINERS = {
     "DistillationTrainer": _distillation,
     "SDFTTrainer (trl.experimental)": _sdft,
     "GKDTrainer (trl.experimental)": _gkd,
+    "OnlineDPOTrainer (trl.experimental)": _online_dpo,
 }
 
 
@@ -171,3 +181,36 @@ def test_two_steps(name: str, tmp_path: Path) -> None:
         assert_close(again(input_ids=ids).logits, trainer.model(input_ids=ids).logits, 1e-5)
     for key, tensor in trainer.model.unload().state_dict().items():
         assert torch.equal(tensor, base[key]), f"the base model's {key} moved"
+
+
+def _score(trainer: Any, batch: dict[str, Tensor], answers: Tensor) -> Tensor:
+    """The log-probabilities of answers, as the trainer takes them."""
+    answer_mask = torch.ones_like(answers)
+    if hasattr(trainer, "_get_per_token_logps_and_entropies"):
+        ids = torch.cat([batch["input_ids"], answers], 1)
+        mask = torch.cat([batch["attention_mask"], answer_mask], 1)
+        found = trainer._get_per_token_logps_and_entropies(trainer.model, ids, mask, answers.shape[1])
+        return found[0]
+    return trainer._forward(trainer.model, batch["input_ids"], batch["attention_mask"], answers, answer_mask)
+
+
+@pytest.mark.supports("Training", "rollout and scoring agree", on="{name}")
+@pytest.mark.parametrize("name", ["GRPOTrainer", "RLOOTrainer", "OnlineDPOTrainer (trl.experimental)"])
+def test_rollout_and_scoring_agree(name: str, tmp_path: Path) -> None:
+    """Left-padded prompts; the trainers score with an attention mask and no positions."""
+    model = tiny_model("llama")
+    prefix = KVPrefix.from_input_ids(model, token_ids(12))
+    trainer = TRAINERS[name](
+        tmp_path, model=model, processing_class=tiny_tokenizer(), peft_config=CartridgeConfig(num_tokens=12)
+    )
+    trainer.model.base_model.set_kv_prefix(prefix)
+    trainer.model.eval()
+    batch = pad([token_ids(length, seed=length) for length in (3, 11)], "left")
+    del batch["position_ids"]
+    options: dict[str, Any] = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    output = trainer.model.generate(**batch, **options, return_dict_in_generate=True, output_logits=True)
+    answers = output.sequences[:, 11:]
+    rollout = torch.stack(output.logits, 1).log_softmax(-1).gather(2, answers[..., None])[..., 0]
+    with torch.no_grad():
+        scored = _score(trainer, batch, answers)
+    assert_close(scored, rollout, 1e-4)

@@ -1,4 +1,4 @@
-"""A real vLLM as teacher: its tokens and log-probabilities are those of transformers."""
+"""A real vLLM as engine: its tokens and log-probabilities are those of transformers."""
 
 from __future__ import annotations
 
@@ -8,69 +8,105 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 pytest.importorskip("vllm", reason="vLLM is not installed (it needs an environment of its own)")
 
-from peft_cartridges.self_study import SelfStudySynthesizer
-from peft_cartridges.self_study.backends import TransformersBackend, VLLMBackend
+from peft_cartridges.self_study import SelfStudySynthesizer, TransformersEngine, VLLMEngine
+from peft_cartridges.self_study.dispatch import Dispatcher
+from peft_cartridges.self_study.engines import Outcome, Request
 from tests.self_study import runs
 from tests.tiny_models import tiny_model, tiny_tokenizer, token_ids
 
 TOKENIZER = tiny_tokenizer()
 # Engines have kernels for certain head sizes only.
 SHAPE = {"hidden_size": 256, "intermediate_size": 128, "head_dim": 64}
-CONTEXT = token_ids(40, seed=4).tolist()
+CONTEXTS = [tuple(token_ids(40, seed=seed).tolist()) for seed in (4, 5)]
 PROMPTS = [token_ids(length, seed=length).tolist() for length in (3, 7, 5, 6)]
 
 
 @pytest.fixture(scope="module")
-def engine(tmp_path_factory: pytest.TempPathFactory) -> VLLMBackend:
+def engine(tmp_path_factory: pytest.TempPathFactory) -> VLLMEngine:
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     folder = tmp_path_factory.mktemp("model")
     tiny_model(**SHAPE).save_pretrained(folder)
     TOKENIZER.save_pretrained(folder)
-    return VLLMBackend(str(folder), TOKENIZER, top_k=5, dtype="float32", enforce_eager=True, max_model_len=512)
+    return VLLMEngine(str(folder), TOKENIZER, top_k=5, dtype="float32", enforce_eager=True, max_model_len=512)
 
 
-def _generate(backend: Any, temperature: float = 0.0) -> list[Any]:
-    with backend.in_context(CONTEXT) as session:
-        return session.generate(PROMPTS, max_new_tokens=6, temperature=temperature, seeds=[1, 2, 3, 4])
+class _Requests:
+    def __init__(self, requests: list[Request]) -> None:
+        self.requests, self.found = requests, {}
+
+    @property
+    def finished(self) -> bool:
+        return len(self.found) == len(self.requests)
+
+    def begin(self) -> list[Request]:
+        return list(self.requests)
+
+    def receive(self, outcome: Outcome) -> list[Request]:
+        self.found[outcome.request] = outcome.generation
+        return []
 
 
-def test_tokens_and_targets_are_those_of_transformers(engine: VLLMBackend) -> None:
-    local = TransformersBackend(tiny_model(**SHAPE), TOKENIZER)
-    found, expected = _generate(engine), _generate(local)
+def _run(engine: Any, requests: list[Request]) -> list[Any]:
+    jobs = [_Requests([one for one in requests if one.context == context]) for context in CONTEXTS]
+    Dispatcher([engine]).run(jobs, lambda job: None)
+    return [job.found[request] for request in requests for job in jobs if request in job.found]
+
+
+def _requests(temperature: float = 0.0) -> list[Request]:
+    return [Request(context, prompt, 6, temperature, 7) for prompt in PROMPTS for context in CONTEXTS]
+
+
+def test_tokens_and_targets_are_those_of_transformers(engine: VLLMEngine) -> None:
+    model, requests = tiny_model(**SHAPE), _requests()
+    found = _run(engine, requests)
+    expected = _run(TransformersEngine(model, TOKENIZER), _requests())
     assert [one.token_ids for one in found] == [one.token_ids for one in expected]
-    rows = [prompt + one.token_ids for prompt, one in zip(PROMPTS, expected, strict=True)]
-    lengths = [len(one.token_ids) for one in expected]
-    with local.in_context(CONTEXT) as session:
-        exact = [local.top_k(targets, 5, 1.0) for targets in session.targets(rows, lengths)]
-    with engine.in_context(CONTEXT) as session:
-        scored = session.targets(rows, lengths)
-    for one, targets, again in zip(found, exact, scored, strict=True):
-        for mine in (one.top_k, again):
-            np.testing.assert_array_equal(mine.token_ids, targets.token_ids)
-            np.testing.assert_allclose(mine.logprobs, targets.logprobs, atol=1e-3)
+    rows = [[*request.prompt, *one.token_ids] for request, one in zip(requests, expected, strict=True)]
+    scored = _run(
+        engine,
+        [
+            Request(request.context, row, scored=len(one.token_ids))
+            for request, row, one in zip(requests, rows, expected, strict=True)
+        ],
+    )
+    for request, row, one, again in zip(requests, rows, found, scored, strict=True):
+        with torch.no_grad():
+            logprobs = model(torch.tensor([[*request.context, *row]])).logits[0].log_softmax(-1)
+        exact = logprobs[-len(one.token_ids) - 1 : -1].topk(5)
+        for mine in (one.top_k, again.top_k):
+            np.testing.assert_array_equal(mine.token_ids, exact.indices.numpy())
+            np.testing.assert_allclose(mine.logprobs, exact.values.numpy(), atol=1e-3)
 
 
-def test_log_probabilities_are_those_before_the_temperature(engine: VLLMBackend) -> None:
-    warm = _generate(engine, temperature=0.5)
-    assert [one.token_ids for one in warm] == [one.token_ids for one in _generate(engine, temperature=0.5)]
-    rows = [prompt + one.token_ids for prompt, one in zip(PROMPTS, warm, strict=True)]
-    with engine.in_context(CONTEXT) as session:
-        scored = session.targets(rows, [len(one.token_ids) for one in warm])
-    for one, again in zip(warm, scored, strict=True):
-        np.testing.assert_allclose(one.top_k.logprobs, again.logprobs, atol=1e-3)
+def test_log_probabilities_are_those_before_the_temperature(engine: VLLMEngine) -> None:
+    requests = _requests(temperature=0.5)
+    warm = _run(engine, requests)
+    assert [one.token_ids for one in warm] == [one.token_ids for one in _run(engine, _requests(temperature=0.5))]
+    rows = [
+        Request(request.context, [*request.prompt, *one.token_ids], scored=len(one.token_ids))
+        for request, one in zip(requests, warm, strict=True)
+    ]
+    for one, again in zip(warm, _run(engine, rows), strict=True):
+        np.testing.assert_allclose(one.top_k.logprobs, again.top_k.logprobs, atol=1e-3)
 
 
-def test_a_data_set_is_made(engine: VLLMBackend, tmp_path: Path) -> None:
+@pytest.mark.parametrize("targets", ["top_k", "hidden_states", "live"])
+def test_a_set_is_made_and_carried_on(engine: VLLMEngine, tmp_path: Path, targets: str) -> None:
     args = runs.settings(
-        num_conversations=8, conversations_per_chunk=4, recitation_share=0.5, teacher_targets="top_k", teacher_top_k=5,
-        num_rounds=2, min_usefulness=1e-6,
+        num_conversations=8, conversations_per_chunk=4, recitation_share=0.5, teacher_targets=targets, teacher_top_k=5,
+        num_rounds=2,
     )  # fmt: skip
-    synthesizer = SelfStudySynthesizer(None, TOKENIZER, args, backend=engine)
+    model = tiny_model(**SHAPE) if targets == "hidden_states" else None
+    synthesizer = SelfStudySynthesizer(model, TOKENIZER, args, engines=engine)
     dataset = synthesizer.synthesize(runs.TEXT, tmp_path)
-    for row in dataset:
+    assert len(dataset) == 8
+    for row in dataset if targets == "top_k" else ():
         assert len(row["teacher_top_k_ids"]) == len(row["teacher_top_k_logprobs"]) == 5 * sum(row["completion_mask"])
-    assert dataset.to_dict() == synthesizer.synthesize(runs.TEXT).to_dict()
+    for row in dataset if targets == "hidden_states" else ():
+        assert len(row["teacher_hidden_states"]) == SHAPE["hidden_size"] * sum(row["completion_mask"])
+    assert dataset.to_dict() == synthesizer.synthesize(runs.TEXT, tmp_path).to_dict()

@@ -14,7 +14,7 @@ from datasets import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from peft_cartridges import CartridgeConfig, SelfStudyTrainer
-from tests.tiny_models import VOCAB_SIZE
+from tests.tiny_models import VOCAB_SIZE, tiny_model
 from tests.trainer.small_runs import GOLD, TEXT, TOKENIZER, losses, make_config
 
 WIDTH, LAYERS = 512, 12
@@ -52,15 +52,27 @@ def peak_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+def warm_up(folder: Path, processes: int) -> None:
+    """A run of a model without any size: what a run needs anyway is then there."""
+    args = make_config(folder / "warm-up", max_steps=1, per_device_train_batch_size=8 // processes)
+    trainer = SelfStudyTrainer(
+        tiny_model(), args, conversations(), conversations(1), processing_class=TOKENIZER,
+        peft_config=CartridgeConfig(num_tokens=8),
+    )  # fmt: skip
+    trainer.train()
+    trainer.evaluate()
+
+
 def main() -> None:
     folder, processes = Path(sys.argv[1]), int(os.environ.get("WORLD_SIZE", 1))
     args = make_config(
         folder / f"of-{processes}", max_steps=3, per_device_train_batch_size=8 // processes, shard_model=processes > 1,
         save_strategy="steps", save_steps=2, learning_rate=0.01,
     )  # fmt: skip
+    warm_up(folder, processes)
     before = peak_bytes()
     trainer = SelfStudyTrainer(
-        str(folder / "model"), args, conversations(), conversations(1), peft_config=CartridgeConfig(num_tokens=8),
+        str(folder / "model"), args, conversations(), conversations(1).select(range(13)), peft_config=CartridgeConfig(num_tokens=8),
         gold_questions=GOLD,
     )  # fmt: skip
     trainer.train()

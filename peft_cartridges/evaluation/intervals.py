@@ -1,0 +1,95 @@
+"""Bootstrap confidence intervals: how far a figure would move with other questions, or other documents."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A figure with its interval.
+
+    Args:
+        value: The figure.
+        low, high: Of the 95 % interval (or whichever level was asked for); NaN where there are too few items.
+        n: Items that it is the mean of.
+    """
+
+    value: float
+    low: float
+    high: float
+    n: int
+
+    def __format__(self, spec: str) -> str:
+        """The value and its interval, each as `spec` says."""
+        if math.isnan(self.low):
+            return format(self.value, spec)
+        return f"{self.value:{spec}} [{self.low:{spec}}, {self.high:{spec}}]"
+
+
+def bootstrap(
+    statistic: Callable[[np.ndarray], float],
+    n: int,
+    *,
+    clusters: Sequence[Hashable] | None = None,
+    samples: int = 1000,
+    level: float = 0.95,
+    seed: int = 0,
+) -> Estimate:
+    """The percentile bootstrap (Efron 1979) of a statistic of `n` items.
+
+    Args:
+        statistic: Of an array of item indices; several systems that are measured on the same items are so resampled
+            together.
+        n: Items.
+        clusters: Which items belong together (the questions of one document): whole clusters are drawn. Each item by
+            itself by default.
+        samples, level, seed: Draws, the interval's level, and the seed of the draws.
+
+    Raises:
+        ValueError: there are no items, or `clusters` has another length.
+    """
+    if n < 1:
+        raise ValueError("there is nothing to measure: no items.")
+    if clusters is not None and len(clusters) != n:
+        raise ValueError(f"`clusters` has {len(clusters)} entries for {n} items.")
+    value = float(statistic(np.arange(n)))
+    labels = list(range(n)) if clusters is None else list(clusters)
+    members = [np.flatnonzero([label == other for label in labels]) for other in dict.fromkeys(labels)]
+    if len(members) < 2 or samples < 2:
+        return Estimate(value, math.nan, math.nan, n)
+    rng = np.random.default_rng(seed)
+    drawn = [
+        statistic(np.concatenate([members[i] for i in rng.integers(len(members), size=len(members))]))
+        for _ in range(samples)
+    ]
+    low, high = (
+        np.nanquantile(drawn, [(1 - level) / 2, (1 + level) / 2]) if not np.isnan(drawn).all() else [math.nan] * 2
+    )
+    return Estimate(value, float(low), float(high), n)
+
+
+def weighted_mean(values: Sequence[float], weights: Sequence[float] | None = None) -> Callable[[np.ndarray], float]:
+    """The statistic for `bootstrap`: sum of `values` over sum of `weights` (sums per item over tokens per item), or the
+    plain mean."""
+    numerator = np.asarray(values, dtype=float)
+    denominator = np.ones_like(numerator) if weights is None else np.asarray(weights, dtype=float)
+    return lambda items: float(numerator[items].sum() / denominator[items].sum())
+
+
+def gap_share(
+    without: Sequence[float], values: Sequence[float], full: Sequence[float]
+) -> Callable[[np.ndarray], float]:
+    """The statistic for `bootstrap`: the share of the gap between no context and the full text that is closed. All three
+    are sums over the same tokens of the same items, so that their number cancels; NaN where there is no gap."""
+    none, ours, all_of_it = (np.asarray(side, dtype=float) for side in (without, values, full))
+
+    def share(items: np.ndarray) -> float:
+        width = none[items].sum() - all_of_it[items].sum()
+        return float((none[items].sum() - ours[items].sum()) / width) if width > 0 else math.nan
+
+    return share
