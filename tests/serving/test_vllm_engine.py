@@ -216,14 +216,11 @@ def test_preemption_and_eviction(gemma: Setup) -> None:
     assert gemma.counted("vllm:cartridge_host_evictions") > 0
 
 
-@pytest.mark.parametrize("parallel", ["tensor_parallel_size", "pipeline_parallel_size"])
-def test_ranks_take_their_heads_and_stages_their_layers(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, parallel: str
-) -> None:
+def test_tensor_parallel_ranks_take_their_heads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if (os.cpu_count() or 1) < 2:
         pytest.skip("two ranks of vLLM on CPU want two cores")
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
-    setup = Setup(tmp_path, "llama", **{parallel: 2, "distributed_executor_backend": "mp"})
+    setup = Setup(tmp_path, "llama", tensor_parallel_size=2, distributed_executor_backend="mp")
     try:
         setup.check(everything(setup))
     finally:
