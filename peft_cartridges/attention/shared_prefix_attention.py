@@ -261,8 +261,14 @@ def _pseudo_batches(query: Tensor, key: Tensor) -> int:
         blocks = heads * -(-key.shape[1] // _BLOCK_KEYS)
         enough = -(-_GPU_BLOCKS // blocks)
     else:
-        enough = torch.get_num_threads() if kv_heads % torch.get_num_threads() else 1
+        threads = _num_threads()
+        enough = threads if kv_heads % threads else 1
     return next((splits for splits in range(min(enough, batch), batch) if batch % splits == 0), batch)
+
+
+@torch.compiler.assume_constant_result
+def _num_threads() -> int:
+    return torch.get_num_threads()
 
 
 def _fold(tensor: Tensor, splits: int) -> Tensor:
