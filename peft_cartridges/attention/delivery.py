@@ -14,27 +14,30 @@ import inspect
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+import weakref
+from collections.abc import Callable, Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass
 from types import FrameType, TracebackType
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper
+from transformers import Cache
 
 from ..kv_prefix import KVPrefix
+from .callers import frames, generator_that_opens, thread_and_task
 from .interface import SHARED_PREFIX, AttentionPath, LayerPrefix, WindowReading, expand_tokens
 from .positions import positions_behind
 from .probe import (
     AttentionLayer,
     ConfigView,
-    UnsupportedModelError,
     base_model,
     execution_device,
     find_attention_layers,
     get_decoder,
 )
+from .verification import Unverified, find_unverified, verify_rows
 
 _HOST = "_kv_prefix_host"
 
@@ -71,11 +74,8 @@ class _Forward:
         self.taken: set[int] = set()
         self.compiled = False  # layers that run compiled do not tell that they took it
         self.before: _Forward | None = None
-        self.unverified: _Unverified | None = None
+        self.unverified: Unverified | None = None
 
-
-# Of the norm, in a forward that is verified; in half precision rounding leaves more.
-_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}
 
 # Set while a decoder's forward runs, and again while a part of it is computed once more in a backward.
 _FORWARD: ContextVar[_Forward | None] = ContextVar("kv_prefix_forward", default=None)
@@ -101,6 +101,7 @@ class PrefixHost:
         self.open: list[SharedPrefix] = []
         self._lock = threading.Lock()
         self._running: list[_Forward] = []
+        self._caches: weakref.WeakSet[Any] = weakref.WeakSet()  # that a forward has filled
         # What compiled code reads in place of the context variable, which cannot be traced.
         self.traced: _Forward | None = None
         self.crowded = False
@@ -129,6 +130,7 @@ class PrefixHost:
             **self.__dict__,
             "_lock": None,
             "_running": [],
+            "_caches": None,
             "contexts": 0,
             "open": [],
             "traced": None,
@@ -136,7 +138,7 @@ class PrefixHost:
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _lock=threading.Lock())
+        self.__dict__.update(state, _lock=threading.Lock(), _caches=weakref.WeakSet())
 
     def remove(self) -> None:
         """The model as it was. Sources and open contexts lose their effect."""
@@ -159,15 +161,13 @@ class PrefixHost:
         return any(source.is_due() for source in self.sources) or (self.contexts > 0 and bool(self._open_here()))
 
     def _open_here(self) -> list[SharedPrefix]:
-        here = _OPEN.get()
-        if not here:
+        here = [context for context in tuple(self.open) if context.holds_here()]
+        if not here and not _OPEN.get():
             self._warn_of_untold_threads()
-        mine = [context for context in here if context.host is self]
-        holding = [context for context in mine if context.holds_here()]
-        if not holding:
-            for context in mine:
+        for context in _OPEN.get() if not here else ():
+            if context.host is self:
                 context.warn_of_suspension()
-        return holding
+        return here
 
     def _warn_of_untold_threads(self) -> None:
         thread = threading.get_ident()
@@ -200,7 +200,8 @@ class PrefixHost:
         if torch.compiler.is_compiling():
             if self.crowded or self.traced is None:
                 raise RuntimeError("Compiled layers cannot run in several threads at once while prefixes are due.")
-            self.traced.compiled = True
+            if not self.traced.compiled:
+                self.traced.compiled = True
             return self.traced
         forward = _FORWARD.get()
         if forward is not None and forward.host is self:
@@ -225,16 +226,23 @@ class PrefixHost:
         return self._begin(args, kwargs, contexts=self.contexts > 0)
 
     def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any], *, contexts: bool) -> Any:
+        if not torch.compiler.is_compiling():
+            self._drop_interrupted()
         inputs = {**dict(zip(self.parameters, args, strict=False)), **kwargs}
         tokens = inputs.get("input_ids") if inputs.get("input_ids") is not None else inputs.get("inputs_embeds")
         if tokens is None:
             return None
-        due = self._due(tokens.shape[0], _continues(inputs, tokens), contexts)
+        due = self._due(tokens.shape[0], self._continues(inputs, tokens), contexts)
+        if contexts and inputs.get("cache") is not None and not any(isinstance(prefix, SharedPrefix) for prefix in due):
+            raise RuntimeError(
+                "`generate_batch` runs the model in a thread of its own, where an open `shared_prefix` does not hold. Put "
+                "the prefix into a cartridge (`get_peft_model`, `set_kv_prefix`), or close the context."
+            )
         if not due:
             return None
         positions = positions_behind(inputs, tokens, _total([prefix.num_tokens for prefix in due]))
         forward = _Forward(self, due, positions)
-        forward.unverified = None if torch.compiler.is_compiling() else _find_unverified(due, inputs, tokens)
+        forward.unverified = None if torch.compiler.is_compiling() else find_unverified(due, inputs, tokens)
         if torch.compiler.is_compiling():
             self.traced = forward
         else:
@@ -243,11 +251,20 @@ class PrefixHost:
             with self._lock:
                 self._running.append(forward)
                 self.traced, self.crowded = forward, len(self._running) > 1
-            self._carry_into_recomputation()
+            self._carry_into_recomputation(due)
         if "position_ids" in self.parameters[: len(args)]:
             index = self.parameters.index("position_ids")
             return (*args[:index], positions, *args[index + 1 :]), kwargs
         return args, {**kwargs, "position_ids": positions}
+
+    def _continues(self, inputs: dict[str, Any], tokens: Tensor) -> bool:
+        """Whether this is a step behind an earlier forward into the same cache."""
+        cache = inputs.get("past_key_values")
+        if not isinstance(cache, Cache) or torch.compiler.is_compiling():
+            return False
+        known = cache in self._caches
+        self._caches.add(cache)
+        return known and tokens.shape[1] == 1 and cache.is_initialized
 
     def after(self, decoder: Any, args: Any, kwargs: Any, output: Any) -> None:
         if torch.compiler.is_compiling():
@@ -256,37 +273,30 @@ class PrefixHost:
         forward = _FORWARD.get()
         if forward is None or forward.host is not self:
             return
-        _FORWARD.set(forward.before)
-        with self._lock:
-            self._running.remove(forward)
-            self.traced = self._running[-1] if self._running else None
-            self.crowded = len(self._running) > 1
+        self._end(forward)
         if output is not None and not forward.compiled:  # there is none after an error
             self._check_taken(forward)
         if output is not None and forward.unverified is not None:
-            self._verify(forward.unverified, output.last_hidden_state)
+            prefix, forward.unverified.context.unverified = forward.unverified.context.unverified, None
+            held = _OPEN.set(tuple(context for context in _OPEN.get() if context is not forward.unverified.context))
+            self.open.remove(forward.unverified.context)
+            try:
+                verify_rows(self.decoder, prefix, forward.unverified, output.last_hidden_state)
+            finally:
+                self.open.append(forward.unverified.context)
+                _OPEN.reset(held)
 
-    def _verify(self, unverified: _Unverified, found: Tensor) -> None:
-        """Holds a forward against each row by itself, with the prefix as its `past_key_values`."""
-        context = unverified.context
-        prefix, context.unverified = context.unverified, None
-        assert prefix is not None
-        held = _OPEN.set(tuple(other for other in _OPEN.get() if other is not context))
-        try:
-            for tokens, real, states in zip(unverified.tokens, unverified.real, found, strict=True):
-                row = {"input_ids" if tokens.ndim == 1 else "inputs_embeds": tokens[real][None]}
-                with torch.no_grad():
-                    expected = self.decoder(
-                        **row, past_key_values=prefix.to_cache(1), use_cache=True
-                    ).last_hidden_state[0]
-                difference = ((states[real] - expected).float().norm() / expected.float().norm()).item()
-                if not difference < _TOLERANCE.get(found.dtype, 0.05):
-                    raise UnsupportedModelError(
-                        f"{type(self.decoder).__name__} gives other hidden states behind the shared prefix than with it as "
-                        f"`past_key_values` (they differ by {difference:.1%} of their norm): please report this model."
-                    )
-        finally:
-            _OPEN.reset(held)
+    def _end(self, forward: _Forward) -> None:
+        _FORWARD.set(forward.before)
+        with self._lock:
+            self._running = [other for other in self._running if other is not forward]
+            self.traced = self._running[-1] if self._running else None
+            self.crowded = len(self._running) > 1
+
+    def _drop_interrupted(self) -> None:
+        """After a `KeyboardInterrupt` PyTorch calls no hook, and a forward is left that never ended."""
+        while (forward := _FORWARD.get()) is not None and forward.host is self:
+            self._end(forward)
 
     def _check_taken(self, forward: _Forward) -> None:
         if self.decoder.training and getattr(self.decoder, "layerdrop", 0):
@@ -300,62 +310,50 @@ class PrefixHost:
                     "the module was replaced, or no longer calls the attention function that its configuration names."
                 )
 
-    def _carry_into_recomputation(self) -> None:
+    def _carry_into_recomputation(self, due: Sequence[DuePrefix]) -> None:
         """Checkpointed layers are computed again in the backward, in whatever context and thread that runs in."""
         for module in self.checkpointing:
             function = getattr(module, "_gradient_checkpointing_func", None)
-            if module.gradient_checkpointing and function is not None and not isinstance(function, _Carrying):
-                module._gradient_checkpointing_func = _Carrying(function)
+            if module.gradient_checkpointing and function is not None:
+                module._gradient_checkpointing_func = self._carrying(function)
+        if torch.is_grad_enabled() and any(isinstance(prefix, SharedPrefix) for prefix in due):
+            for module in self.decoder.modules():  # as FSDP's checkpointing wraps them, at any time
+                if isinstance(module, CheckpointWrapper):
+                    module.checkpoint_fn = self._carrying(module.checkpoint_fn)  # type: ignore[assignment]
+
+    def _carrying(self, checkpoint: Callable[..., Any]) -> _Carrying:
+        if not isinstance(checkpoint, _Carrying):
+            return _Carrying(checkpoint, self)
+        return checkpoint if checkpoint.host is self else _Carrying(checkpoint.checkpoint, self)
 
 
 class _Carrying:
     """A checkpoint function that computes again with what was due the first time."""
 
-    def __init__(self, checkpoint: Callable[..., Any]) -> None:
+    def __init__(self, checkpoint: Callable[..., Any], host: PrefixHost) -> None:
         self.checkpoint = checkpoint
+        self.host = host
 
     def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        forward = None if torch.compiler.is_compiling() else _FORWARD.get()
+        if torch.compiler.is_compiling():  # computed again within the graph
+            if self.host.traced is not None:
+                self.host.traced.compiled = True  # here, as nothing may be changed inside of what is checkpointed
+            return self.checkpoint(function, *args, **kwargs)
+        forward = _FORWARD.get()
         if forward is None:
             return self.checkpoint(function, *args, **kwargs)
 
         def within(*inner_args: Any, **inner_kwargs: Any) -> Any:
-            held = _FORWARD.set(forward)
+            host = forward.host
+            held, traced = _FORWARD.set(forward), host.traced
+            host.traced = forward
             try:
                 return function(*inner_args, **inner_kwargs)
             finally:
                 _FORWARD.reset(held)
+                host.traced = traced
 
         return self.checkpoint(within, *args, **kwargs)
-
-
-def _continues(inputs: dict[str, Any], tokens: Tensor) -> bool:
-    cache = inputs.get("past_key_values")
-    return tokens.shape[1] == 1 and cache is not None and getattr(cache, "is_initialized", False) is True
-
-
-@dataclass(frozen=True)
-class _Unverified:
-    """The rows of a forward that is to be verified, and which of their tokens are no padding, `[batch, q_len]`."""
-
-    context: SharedPrefix
-    tokens: Tensor
-    real: Tensor
-
-
-def _find_unverified(due: Sequence[DuePrefix], inputs: dict[str, Any], tokens: Tensor) -> _Unverified | None:
-    contexts = [prefix for prefix in due if isinstance(prefix, SharedPrefix) and prefix.unverified is not None]
-    if not contexts:
-        return None
-    mask, cache = inputs.get("attention_mask"), inputs.get("past_key_values")
-    plain = mask is None or (isinstance(mask, Tensor) and mask.shape == tokens.shape[:2])
-    if len(due) > 1 or not plain or (cache is not None and bool(cache.get_seq_length() > 0)):
-        raise ValueError(
-            "`verify=True` is for a first forward of rows behind one prefix alone, with an attention mask `[batch, q_len]` "
-            "or none: disable cartridges, close other contexts, and do not go on from a cache."
-        )
-    real = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device) if mask is None else mask != 0
-    return _Unverified(contexts[0], tokens, real)
 
 
 def _total(lengths: Sequence[int | Tensor]) -> int | Tensor:
@@ -373,7 +371,10 @@ def prefix_host(model: nn.Module, *, skip_unsupported: bool = False) -> PrefixHo
     """
     model = base_model(model)
     layers = find_attention_layers(model, skip_unsupported=skip_unsupported)
-    host = get_decoder(model).__dict__.get(_HOST)
+    host: PrefixHost | None = get_decoder(model).__dict__.get(_HOST)
+    if host is not None and [layer.module for layer in host.layers] != [layer.module for layer in layers]:
+        host.remove()  # the model's layers were exchanged
+        host = None
     return PrefixHost(model, layers) if host is None else host
 
 
@@ -406,6 +407,7 @@ class SharedPrefix:
                 self._parts.append(LayerPrefix(key.to(device), value.to(device), attention, window))
         self._state = "new"
         self._opener: FrameType | None = None
+        self._home: tuple[int, Any] = (0, None)
         self.threads: set[int] = set()
         self._warned = False
 
@@ -414,12 +416,14 @@ class SharedPrefix:
             raise RuntimeError(
                 f"This `shared_prefix(…)` context is {self._state}: call `shared_prefix` again for another."
             )
+        # The one of now: a model whose cartridge was taken off since is prepared anew.
+        self.host = prefix_host(self.model, skip_unsupported=not self._parts)
         self._state = "open"
-        self._opener = _generator_that_opens()
+        self._opener, self._home = generator_that_opens(), thread_and_task()
         self.threads = set(sys._current_frames())  # that were there before
         self.host.open.append(self)
         self.host.count_context(1)
-        _OPEN.set((*_OPEN.get(), self))
+        _OPEN.set((*(context for context in _OPEN.get() if context._state == "open"), self))
         return self.model
 
     def __exit__(
@@ -430,16 +434,30 @@ class SharedPrefix:
     ) -> None:
         if self._state != "open":
             return
-        self._state, self._opener = "closed", None
+        self._state, self._opener, self._home = "closed", None, (0, None)
         self.host.open.remove(self)
         self.host.count_context(-1)
         _OPEN.set(tuple(context for context in _OPEN.get() if context is not self))
 
     def holds_here(self) -> bool:
-        """Whether the code that runs now is inside: a context that a generator opened holds while that one runs."""
-        if self._state != "open":
-            return False
-        return self._opener is None or any(frame is self._opener for frame in _frames())
+        """Whether the code that runs now is inside: a context that a generator opened holds while that one runs, in
+        whatever thread it is asked for its next item.
+
+        Raises:
+            RuntimeError: a thread or task got the context of a generator, or of its caller, which look the same.
+        """
+        told = any(context is self for context in _OPEN.get())
+        if self._opener is None:
+            return told
+        if any(frame is self._opener for frame in frames()):
+            return True
+        if told and self._home != thread_and_task():
+            raise RuntimeError(
+                "`shared_prefix` was opened by a generator, and the model runs in another thread or task, which cannot "
+                "tell whether the generator or its caller started it. Open `shared_prefix` in the function that the "
+                "thread or task runs; without a prefix, run it in a `contextvars.Context()` of its own."
+            )
+        return False
 
     def warn_of_suspension(self) -> None:
         if self._opener is None or self._warned:
@@ -510,26 +528,6 @@ def shared_prefix(
 def positions_from(model: nn.Module, position: int) -> SharedPrefix:
     """A context in which the model's first token stands at `position`, with nothing in front of it."""
     return SharedPrefix(model, position)
-
-
-def _frames() -> Iterator[FrameType]:
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        yield frame
-        frame = frame.f_back
-
-
-def _generator_that_opens() -> FrameType | None:
-    """The frame of the generator whose `with` this is, if it is one's. Functions under `contextlib.contextmanager` are
-    generators too, but open a context for their caller."""
-    for frame in _frames():
-        if frame.f_globals.get("__name__") in (__name__, "contextlib"):
-            continue
-        is_generator = bool(frame.f_code.co_flags & (inspect.CO_GENERATOR | inspect.CO_ASYNC_GENERATOR))
-        if is_generator and frame.f_back is not None and frame.f_back.f_globals.get("__name__") == "contextlib":
-            continue
-        return frame if is_generator else None
-    return None
 
 
 def _check_prefix(prefix: KVPrefix, layers: Sequence[AttentionLayer]) -> None:

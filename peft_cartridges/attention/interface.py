@@ -77,7 +77,14 @@ def shared_prefix_attention_forward(
     place: Any = module._kv_prefix_place
     host, layer, number = place
     forward = host.current_forward()
-    prefixes = [part for due in forward.due for part in due.parts(layer, module, query)]
+    prefixes: list[LayerPrefix] = []
+    starts: list[int | Tensor] = []  # where each prefix begins
+    num_tokens: int | Tensor = 0
+    for due in forward.due:
+        parts_due = due.parts(layer, module, query)
+        prefixes.extend(parts_due)
+        starts.extend([num_tokens] * len(parts_due))
+        num_tokens = num_tokens + due.num_tokens
     if not torch.compiler.is_compiling():
         forward.taken.add(number)
     if forward.positions is not None:
@@ -120,7 +127,10 @@ def shared_prefix_attention_forward(
         key, value = key[:, :, :q_len], value[:, :, :q_len]
     mask = additive_mask(attention_mask, query, key.shape[2])
     scoring = Scoring(query.shape[-1] ** -0.5 if scaling is None else scaling, softcap, causal)
-    parts = [_part(prefix, query, key.shape[2], sliding_window, position_ids) for prefix in prefixes]
+    # Behind a single prefix, so few tokens are all inside any window of that size.
+    num_seen = key.shape[2] + prefixes[0].key.shape[-2] if len(prefixes) == 1 and len(forward.due) == 1 else None
+    window = None if num_seen is not None and num_seen <= (sliding_window or 0) else sliding_window
+    parts = [_part(prefix, start, query, window, position_ids) for prefix, start in zip(prefixes, starts, strict=True)]
     _check_shapes(module, parts, key, value)
     paths = {prefix.path for prefix in prefixes}
     if "concatenated" in paths or dropout > 0 or kwargs.get("output_attentions"):
@@ -138,12 +148,17 @@ def shared_prefix_attention_forward(
 
 
 def _part(
-    prefix: LayerPrefix, query: Tensor, kv_len: int, sliding_window: int | None, positions: Tensor | None
+    prefix: LayerPrefix,
+    start: int | Tensor,
+    query: Tensor,
+    sliding_window: int | None,
+    positions: Tensor | None,
 ) -> Prefix:
+    """`start` tokens of other prefixes (one number, or one for each row) stand in front of this one."""
     of_rows = prefix.key.ndim == 4
     num_tokens = prefix.key.shape[-2]
     key, value, mask = prefix.key, prefix.value, None
-    if sliding_window and prefix.window == "windowed" and num_tokens + kv_len > sliding_window:
+    if sliding_window and prefix.window == "windowed":
         if positions is None:
             raise ValueError(
                 "A sliding-window layer was called without `position_ids`, so it cannot tell which prefix tokens are "
@@ -154,7 +169,9 @@ def _part(
         first = 0 if of_rows else max(0, num_tokens - sliding_window + 1)
         # Models with several position axes tell the text's first; some drop the queries whose logits nobody asks for.
         positions = (positions[0] if positions.ndim == 3 else positions)[..., -query.shape[2] :]
-        distance = positions.expand(len(query), -1)[..., None] - torch.arange(
+        if isinstance(start, Tensor):
+            start = start.to(positions.device)[:, None]
+        distance = (positions - start).expand(len(query), -1)[..., None] - torch.arange(
             first, num_tokens, device=positions.device
         )
         mask = torch.zeros(distance.shape, dtype=query.dtype, device=query.device)

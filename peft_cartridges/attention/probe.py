@@ -112,7 +112,7 @@ def base_model(model: Any) -> Any:
 
 
 def probe(model: nn.Module) -> ProbedModel:
-    """Finds the attention layers of a decoder; a model is probed once.
+    """Finds the attention layers of a decoder; a model is probed once, and again if its layers were exchanged.
 
     Args:
         model: A transformers causal LM, or a PEFT model around one.
@@ -121,12 +121,17 @@ def probe(model: nn.Module) -> ProbedModel:
         UnsupportedModelError: the model is no decoder with attention that can hold a prefix.
     """
     model = base_model(model)
-    found = model.__dict__.get(_FOUND)
-    if found is None:
+    found: ProbedModel | None = model.__dict__.get(_FOUND)
+    if found is None or not _still_holds(found, model):
         with _LOCK:
             found = _probe(model)
         model.__dict__[_FOUND] = found
     return found
+
+
+def _still_holds(found: ProbedModel, model: Any) -> bool:
+    modules = set(model.modules())
+    return all(module in modules for layer in found.layers for module in layer.modules)
 
 
 def find_attention_layers(model: nn.Module, *, skip_unsupported: bool = False) -> list[AttentionLayer]:

@@ -55,9 +55,10 @@ class JoinedTokens:
         if torch.compiler.is_compiling() or trains or expands_with_gradient or _is_inference(parameters):
             return self._make(layer, module, dtype, expand)
         state = (dtype, torch.is_inference_mode_enabled(), [(id(p), p._version, p.data_ptr()) for p in parameters])
-        if index not in self._kept or self._kept[index][0] != state:
-            self._kept[index] = (state, *self._make(layer, module, dtype, expand))
-        return self._kept[index][1:]
+        kept = self._kept.get(index)  # another thread may clear what is kept
+        if kept is None or kept[0] != state:
+            kept = self._kept[index] = (state, *self._make(layer, module, dtype, expand))
+        return kept[1:]
 
     def _make(self, layer: CartridgeLayer, module: Any, dtype: torch.dtype, expand: bool) -> tuple[Tensor, Tensor]:
         keys, values = zip(*(layer.get_tokens(name) for name in self.names), strict=True)

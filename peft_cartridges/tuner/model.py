@@ -123,6 +123,7 @@ class CartridgeModel(BaseTuner):
 
     def _post_injection_hook(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
         self._joined.clear()
+        self._of_rows.clear()
         self._layers[:] = self.cartridge_layers()
         if self._host is None:
             self.__dict__["_host"] = host = prefix_host(model, skip_unsupported=True)
@@ -226,11 +227,13 @@ class CartridgeModel(BaseTuner):
             return [self._composition(names, continues)] if names else []
         in_use = [name for name in dict.fromkeys(names) if name != BASE_ROW]
         key = (names, batch_size)
-        if not continues or key not in self._of_rows:
+        of_rows = self._of_rows.get(key) if continues else None  # another thread may clear them
+        if of_rows is None:
             compositions = {name: self._composition((name,), continues) for name in in_use}
+            of_rows = AdapterOfRows(compositions, adapters_of_rows(names, batch_size))
             self._of_rows.clear()
-            self._of_rows[key] = AdapterOfRows(compositions, adapters_of_rows(names, batch_size))
-        return [self._of_rows[key]] if in_use else []
+            self._of_rows[key] = of_rows
+        return [of_rows] if in_use else []
 
     def _rows(self) -> tuple[str, ...] | None:
         if torch.compiler.is_compiling():

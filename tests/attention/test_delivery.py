@@ -6,14 +6,23 @@ import asyncio
 import contextlib
 import contextvars
 import copy
+import functools
 import threading
+import warnings
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 import torch
 from peft import get_peft_model
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
+    CheckpointImpl,
+    apply_activation_checkpointing,
+    checkpoint_wrapper,
+)
+from transformers import ContinuousBatchingConfig, GenerationConfig
 
 from peft_cartridges import CartridgeConfig, KVPrefix, UnsupportedModelError, shared_prefix
 from peft_cartridges.attention import delivery
@@ -176,6 +185,76 @@ def test_generators_have_their_own(model: nn.Module, prefixes: list[KVPrefix]) -
     assert torch.equal(_logits(model), bare)
 
 
+def test_a_generator_has_its_own_in_whatever_thread_it_is_asked(model: nn.Module, prefixes: list[KVPrefix]) -> None:
+    """As web servers do: each item in a thread of a pool, in a copy of the context."""
+    bare, alone = _logits(model), _alone(model, prefixes[:1])[0]
+
+    def stream() -> Iterator[Tensor]:
+        with shared_prefix(model, prefixes[0]):
+            for _ in range(3):
+                yield _logits(model)
+
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(_logits, model).result()  # the thread is there before the context
+        rows = stream()
+        for _ in range(3):
+            assert torch.equal(pool.submit(contextvars.copy_context().run, next, rows).result(), alone)
+            assert torch.equal(pool.submit(_logits, model).result(), bare)
+
+
+def test_a_thread_or_task_that_a_generator_may_have_started_is_refused(
+    model: nn.Module, prefixes: list[KVPrefix]
+) -> None:
+    alone = _alone(model, prefixes[:1])[0]
+
+    def work() -> Tensor:
+        with shared_prefix(model, prefixes[0]):
+            return _logits(model)
+
+    async def stream(function: Any) -> Any:
+        with shared_prefix(model, prefixes[0]):
+            yield await asyncio.to_thread(function)
+
+    async def first(function: Any) -> Any:
+        rows = stream(function)
+        try:
+            return await anext(rows)
+        finally:
+            await rows.aclose()
+
+    with pytest.raises(RuntimeError, match="Open `shared_prefix` in the function that the thread or task runs"):
+        asyncio.run(first(functools.partial(_logits, model)))
+    inside = functools.partial(contextvars.Context().run, work)
+    assert torch.equal(asyncio.run(first(inside)), alone)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
+def test_a_forward_that_was_interrupted_leaves_nothing_due(
+    error: type[BaseException], model: nn.Module, prefixes: list[KVPrefix]
+) -> None:
+    bare, alone = _logits(model), _alone(model, prefixes)
+
+    def interrupt(*_: Any) -> None:
+        raise error
+
+    hook = model.model.layers[1].register_forward_pre_hook(interrupt)
+    with pytest.raises(error), shared_prefix(model, prefixes[0]):
+        _logits(model)
+    hook.remove()
+    assert torch.equal(_logits(model), bare)
+    with shared_prefix(model, prefixes[1]):
+        assert torch.equal(_logits(model), alone[1])
+
+
+def test_a_context_that_was_made_before_the_cartridge_was_taken_off(model: nn.Module, prefixes: list[KVPrefix]) -> None:
+    alone = _alone(model, prefixes)
+    peft_model = cartridge_model(model, prefixes[0])
+    context = shared_prefix(model, prefixes[1])
+    unloaded = peft_model.unload()
+    with context:
+        assert torch.equal(_logits(unloaded), alone[1])
+
+
 def test_a_context_manager_around_it_is_the_callers(model: nn.Module, prefixes: list[KVPrefix]) -> None:
     alone = _alone(model, prefixes[:1])[0]
 
@@ -220,6 +299,32 @@ def test_checkpointed_layers_are_computed_again_with_what_was_due(
         thread.join()
     else:
         loss.backward()
+    for parameter, gradient in zip(parameters, expected, strict=True):
+        assert_close(parameter.grad, gradient, 1e-6)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("how", ["compiled layers", "FSDP's checkpointing"])
+def test_so_are_layers_that_are_compiled_or_checkpointed_by_others(how: str, reentrant: bool) -> None:
+    torch.compiler.reset()
+    model = tiny_model("llama").train()
+    prefix = KVPrefix.from_input_ids(model, token_ids(12))
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    with shared_prefix(model, prefix):
+        expected = gradients(model(input_ids=ROWS, labels=ROWS, use_cache=False).loss, parameters)
+    if how == "compiled layers":
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+        for layer in model.model.layers:
+            layer.compile(backend="eager")
+    else:
+        impl = CheckpointImpl.REENTRANT if reentrant else CheckpointImpl.NO_REENTRANT
+        layers = set(model.model.layers)
+        wrapper = functools.partial(checkpoint_wrapper, checkpoint_impl=impl)
+        apply_activation_checkpointing(model, checkpoint_wrapper_fn=wrapper, check_fn=layers.__contains__)
+    model.enable_input_require_grads()
+    with shared_prefix(model, prefix):
+        loss = model(input_ids=ROWS, labels=ROWS, use_cache=False).loss
+    loss.backward()
     for parameter, gradient in zip(parameters, expected, strict=True):
         assert_close(parameter.grad, gradient, 1e-6)
 
@@ -346,3 +451,33 @@ def test_the_first_forward_can_be_verified(name: str, monkeypatch: pytest.Monkey
         model(input_ids=ROWS)
     with pytest.raises(ValueError, match="is like"):
         shared_prefix(model, prefix, verify=True, sliding_window="pinned")
+
+
+def test_continuous_batching_is_refused_inside_a_context(model: nn.Module, prefixes: list[KVPrefix]) -> None:
+    """It runs the model in a thread of its own, which nobody can tell."""
+    options = {"max_new_tokens": 3, "do_sample": False, "eos_token_id": -1, "pad_token_id": 0}
+    with shared_prefix(model, prefixes[0]), warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        outputs = model.generate_batch(
+            [ROWS[0].tolist()],
+            generation_config=GenerationConfig(**options),
+            continuous_batching_config=ContinuousBatchingConfig(num_blocks=8, max_batch_tokens=64),
+            progress_bar=False,
+        )
+    for output in outputs.values():
+        assert not output.generated_tokens
+        assert "`generate_batch` runs the model in a thread of its own" in output.error
+
+
+def test_layers_that_were_cut_off_are_seen(prefixes: list[KVPrefix]) -> None:
+    model = tiny_model("llama", num_hidden_layers=3)
+    prefix = KVPrefix.from_input_ids(model, token_ids(5))
+    with shared_prefix(model, prefix):
+        _logits(model)
+    model.model.layers = model.model.layers[:2]
+    model.config.num_hidden_layers = 2
+    with pytest.raises(ValueError, match="it has 3 layers, the model 2"):
+        shared_prefix(model, prefix)
+    shorter = KVPrefix.from_input_ids(model, token_ids(5))
+    with shared_prefix(model, shorter, verify=True):
+        _logits(model)

@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import StaticCache
+from transformers.masking_utils import create_masks_for_generate
 
 from peft_cartridges import KVPrefix, shared_prefix
 from peft_cartridges.attention import find_attention_layers, find_decoder
@@ -64,6 +66,48 @@ def test_steps_on_a_cache_told_by_the_mask_alone(name: str) -> None:
             parts.append(output.logits)
     for row, row_logits, real in zip(_rows(), torch.cat(parts, 1), mask.bool(), strict=True):
         assert_close(row_logits[real], past_key_values_logits(model, prefix, row))
+
+
+@pytest.mark.parametrize("hides", [torch.finfo(torch.float32).min, float("-inf"), -1e9, -1e4])
+def test_additive_masks(hides: float) -> None:
+    """Whatever a mask adds to hide a key."""
+    model = tiny_model("llama")
+    prefix = KVPrefix.from_input_ids(model, token_ids(12))
+    row = token_ids(6, seed=1)
+    mask = torch.full((6, 6), hides).triu(1)[None, None]
+    with torch.no_grad(), shared_prefix(model, prefix):
+        logits = model(input_ids=row[None], attention_mask=mask).logits[0]
+    assert_close(logits, past_key_values_logits(model, prefix, row))
+
+
+@pytest.mark.parametrize("name", ["gemma3", "gpt_oss"])
+def test_a_mask_for_each_kind_of_layer(name: str) -> None:
+    model = tiny_model(name)
+    prefix = KVPrefix.from_input_ids(model, token_ids(12))
+    batch = pad(_rows(), "left")
+    masks = create_masks_for_generate(
+        config=model.config,
+        inputs_embeds=model.get_input_embeddings()(batch["input_ids"]),
+        attention_mask=batch["attention_mask"],
+        past_key_values=None,
+        position_ids=batch["position_ids"],
+    )
+    with torch.no_grad(), shared_prefix(model, prefix):
+        logits = model(input_ids=batch["input_ids"], attention_mask=masks).logits
+    for row, row_logits, real in zip(_rows(), logits, batch["attention_mask"].bool(), strict=True):
+        assert_close(row_logits[real], past_key_values_logits(model, prefix, row))
+
+
+def test_a_mask_that_reaches_to_the_end_of_a_static_cache() -> None:
+    model = tiny_model("llama")
+    prefix = KVPrefix.from_input_ids(model, token_ids(12))
+    row = token_ids(6, seed=1)
+    cache, mask = StaticCache(config=model.config, max_cache_len=10), torch.ones(1, 10, dtype=torch.long)
+    with torch.no_grad(), shared_prefix(model, prefix):
+        parts = [
+            model(input_ids=piece[None], attention_mask=mask, past_key_values=cache).logits[0] for piece in row.split(3)
+        ]
+    assert_close(torch.cat(parts), past_key_values_logits(model, prefix, row))
 
 
 @pytest.mark.parametrize("told_by", ["position_ids", "cu_seq_lens_q"])

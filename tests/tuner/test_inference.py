@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -246,3 +247,27 @@ def test_a_change_of_the_cartridge_is_seen_at_once(dtype: torch.dtype, through_d
     fresh = cartridge_model(tiny_model("llama", dtype=dtype), model.get_kv_prefix())
     with torch.no_grad():
         assert torch.equal(fresh(input_ids=row).logits, after)
+
+
+def test_a_single_token_on_another_cache_sees_a_change_through_data() -> None:
+    model = tiny_model("llama")
+    prefix = KVPrefix.from_input_ids(model, token_ids(8))
+    row = token_ids(6, seed=1)
+    with torch.no_grad():
+        cache = model(input_ids=row[None, :5], use_cache=True).past_key_values
+    peft_model = cartridge_model(model, prefix)
+
+    def step() -> Tensor:
+        with torch.no_grad():
+            return peft_model(input_ids=row[None, 5:], past_key_values=copy.deepcopy(cache)).logits
+
+    before = step()
+    for parameter in peft_model.parameters():
+        if parameter.requires_grad:
+            parameter.data.neg_()
+    after = step()
+    assert not torch.equal(before, after)
+    for parameter in peft_model.parameters():
+        if parameter.requires_grad:
+            parameter.data.neg_()
+    assert torch.equal(step(), before)

@@ -102,3 +102,14 @@ def test_generation_is_that_of_forwards_without_a_cache(name: str, cache: str | 
             logits = peft_model(input_ids=whole[None], use_cache=False).logits[0]
         logits[:, model.config.eos_token_id] = -torch.inf  # as `min_new_tokens` does
         assert logits[len(row) - 1 : -1].argmax(-1).tolist() == whole[len(row) :].tolist()
+
+
+@pytest.mark.parametrize("name", SLIDING)
+@pytest.mark.parametrize("lengths", [(3, 4), (9, 5)])
+def test_nested_prefixes_leave_the_window_as_one(name: str, lengths: tuple[int, int]) -> None:
+    model = tiny_model(name)
+    prefixes = [KVPrefix.from_input_ids(model, token_ids(length, seed=length)) for length in lengths]
+    row = token_ids(6, seed=1)
+    expected = past_key_values_logits(model, KVPrefix.concatenate(prefixes), row)
+    with torch.no_grad(), shared_prefix(model, prefixes[0]), shared_prefix(model, prefixes[1]):
+        assert_close(model(input_ids=row[None]).logits[0], expected)
