@@ -8,7 +8,7 @@ from peft import get_peft_model
 
 from peft_cartridges import CartridgeConfig, KVPrefix, initialize_cartridge
 from peft_cartridges.chat import encode_context
-from peft_cartridges.initialization.attention_received import attention_received
+from peft_cartridges.initialization.most_attended import attention_received
 from peft_cartridges.initialization.moved_keys import move_prefix
 from tests.tiny_models import ARCHITECTURES, tiny_model, tiny_tokenizer
 
