@@ -15,7 +15,10 @@ from ..kv_prefix import KVPrefix
 from ..tuner.config import CartridgeConfig
 from ..tuner.model import CartridgeModel
 from .most_attended import most_attended
-from .text_tokens import first_tokens
+from .pretrained import pretrained
+from .random_vectors import random_vectors
+from .summary import summary
+from .text_tokens import first_tokens, random_tokens, sampled_chunks
 
 
 class InitializationStrategy(Protocol):
@@ -48,6 +51,11 @@ _STRATEGIES: dict[str, _Row] = {
     "auto": _Row(auto),
     "first_tokens": _Row(first_tokens),
     "most_attended": _Row(most_attended),
+    "pretrained": _Row(pretrained, needs_text=False),
+    "random_tokens": _Row(random_tokens, needs_text=False),
+    "random_vectors": _Row(random_vectors, needs_text=False),
+    "sampled_chunks": _Row(sampled_chunks),
+    "summary": _Row(summary),
 }
 _GIVEN = ("num_tokens", "chat_template")
 
