@@ -14,6 +14,7 @@ from ..attention.layers import UnsupportedModelError
 from ..kv_prefix import KVPrefix
 from ..tuner.config import CartridgeConfig
 from ..tuner.model import CartridgeModel
+from .attention_matching import attention_matching
 from .most_attended import most_attended
 from .pretrained import pretrained
 from .random_vectors import random_vectors
@@ -48,6 +49,7 @@ class _Row:
 
 
 _STRATEGIES: dict[str, _Row] = {
+    "attention_matching": _Row(attention_matching),
     "auto": _Row(auto),
     "first_tokens": _Row(first_tokens),
     "most_attended": _Row(most_attended),

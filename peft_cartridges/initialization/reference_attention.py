@@ -58,12 +58,16 @@ class LayerReading:
     softcap: float | None
     is_latent: bool
 
-    def scores(self, head: int) -> Tensor:
-        """Scores of one key head, `[group * num_queries, in_sight]`, float32."""
-        scores = self.query[head].float() @ self.key[head].float().T * self.scale
+    def scores(self, head: int, asked: Tensor | None = None) -> Tensor:
+        """Scores of one key head, `[group * num_queries, in_sight]`, float32; of some queries if `asked` has their
+        indices."""
+        query = self.query[head] if asked is None else self.query[head, asked]
+        scores = (query.float() * self.scale) @ self.key[head].float().T
         if self.softcap is not None:
             scores = self.softcap * torch.tanh(scores / self.softcap)
-        return scores if self.mask is None else scores + self.mask
+        if self.mask is None:
+            return scores
+        return scores + (self.mask if asked is None else self.mask[asked])
 
 
 Observer = Callable[[LayerReading], "tuple[Tensor, Tensor] | None"]
