@@ -13,6 +13,7 @@ from .model_push import wrap_push_to_hub
 from .tuner import CartridgeConfig, CartridgeModel  # registers with PEFT
 
 if TYPE_CHECKING:
+    from .adapter_folder import quantize_cartridge
     from .attention import UnsupportedModelError, shared_prefix
     from .cartridge_template import cartridge_chat_template
     from .evaluation import gold_answer_nll
@@ -51,6 +52,7 @@ _LAZY = {
     "load_cartridge": "hub",
     "pull_cartridge": "hub",
     "push_cartridge": "hub",
+    "quantize_cartridge": "adapter_folder",
     "shared_prefix": "attention",
 }
 
@@ -73,6 +75,7 @@ __all__ = [
     "load_cartridge",
     "pull_cartridge",
     "push_cartridge",
+    "quantize_cartridge",
     "shared_prefix",
 ]
 

@@ -15,6 +15,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "list": ("list", "List the cartridges on the Hub."),
     "pull": ("pull", "Fetch a cartridge from the Hub and check it."),
     "push": ("push", "Put a cartridge on the Hub, with its card."),
+    "quantize": ("quantize", "Write a cartridge anew, in fewer bytes."),
     "synthesize": ("synthesize", "Write the self-study data set of a corpus, or preview it."),
 }
 
@@ -35,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     module = importlib.import_module(f".{COMMANDS[args.command][0]}", __package__)
     try:
         module.run(args)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         print(f"cartridges {args.command}: error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt as stop:
