@@ -2,12 +2,13 @@
 
     python -m benchmarks.initialization FILE.jsonl:ID FILE.jsonl:ID … --strategies most_attended attention_matching
     python -m benchmarks.initialization FILE.jsonl:ID --strategies 'attention_matching key_bias=true' --shrink 20
+    python -m benchmarks.initialization FILE.jsonl:ID --strategies most_attended --quantize int8 int4 fp8
 
 A file has one JSON object a line: `id`, `text`, `questions` (`question` and `answer` each); `*` instead of an identifier
 takes all of them. Closed is the share of the gap between no context and the full text in context, in mean negative
 log-likelihood of the gold answers. Seconds are those of making the cartridge, by the wall and by the processor: on a busy
 machine, processor seconds by the number of threads are what the wall would show. Options of a strategy stand behind its
-name, as JSON.
+name, as JSON. With `--quantize`, the cartridge is also measured as it comes back from a file of fewer bytes.
 """
 
 from __future__ import annotations
@@ -15,16 +16,26 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import tempfile
 import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks import harness
-from peft_cartridges import CartridgeConfig, KVPrefix, gold_answer_nll, initialize_cartridge, shared_prefix
+from peft_cartridges import (
+    CartridgeConfig,
+    KVPrefix,
+    gold_answer_nll,
+    initialize_cartridge,
+    quantize_cartridge,
+    shared_prefix,
+)
+from peft_cartridges.adapter_folder import WEIGHTS_FILE, read_cartridge
 from peft_cartridges.chat import encode_context
 from peft_cartridges.evaluation import ContextGap
 
@@ -71,16 +82,29 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
             wall, processor = time.perf_counter(), time.process_time()
             initialize_cartridge(model, tokenizer, text=text, strategy=name, **options)
             wall, processor = time.perf_counter() - wall, time.process_time() - processor
-            nll = gold_answer_nll(model, tokenizer, questions, in_context=True)
+            for scheme, num_bytes in _as_stored(model, args.quantize):
+                nll = gold_answer_nll(model, tokenizer, questions, in_context=True)
+                record = {
+                    "document": document["id"], "tokens": len(ids), "num_tokens": num_tokens,
+                    "strategy": strategy, "stored": scheme, "bytes": num_bytes,
+                    "no_context": gap.no_context, "full_context": gap.full_context, "nll": nll,
+                    "closed": gap.closed(nll), "wall_seconds": wall, "processor_seconds": processor,
+                }  # fmt: skip
+                print(json.dumps(record), flush=True)
+                records.append(record)
             base = model.unload()
-            record = {
-                "document": document["id"], "tokens": len(ids), "num_tokens": num_tokens, "strategy": strategy,
-                "no_context": gap.no_context, "full_context": gap.full_context, "nll": nll,
-                "closed": gap.closed(nll), "wall_seconds": wall, "processor_seconds": processor,
-            }  # fmt: skip
-            print(json.dumps(record), flush=True)
-            records.append(record)
     return records
+
+
+def _as_stored(model: PeftModel, schemes: Sequence[str]) -> Iterator[tuple[str, int]]:
+    """The model with its cartridge as it is, then as each scheme gives it back; the scheme, and bytes of the weights."""
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(Path(folder) / "whole")
+        yield "as it is", (Path(folder) / "whole" / WEIGHTS_FILE).stat().st_size
+        for scheme in schemes:
+            _, num_bytes = quantize_cartridge(Path(folder) / "whole", Path(folder) / scheme, scheme)  # type: ignore[arg-type]
+            initialize_cartridge(model, prefix=read_cartridge(Path(folder) / scheme)[1])
+            yield scheme, num_bytes
 
 
 def main() -> None:
@@ -89,6 +113,7 @@ def main() -> None:
     parser.add_argument(
         "--strategies", nargs="+", default=["first_tokens", "sampled_chunks", "most_attended", "attention_matching"]
     )
+    parser.add_argument("--quantize", nargs="*", default=[], choices=["int8", "int4", "fp8", "none"])
     parser.add_argument("--shrink", type=int, default=10, help="how many times shorter than the text the cartridge is")
     parser.add_argument("--max-tokens", type=int, help="cut longer documents (default: whole)")
     parser.add_argument("--model", default=harness.DEFAULT_MODEL)
@@ -101,12 +126,27 @@ def main() -> None:
     records = measure(args)
     harness.save(args, "initialization", records)
     rows = []
-    for strategy in args.strategies:
-        of_it = [record for record in records if record["strategy"] == strategy]
-        closed = [record["closed"] for record in of_it]
-        seconds = [statistics.mean(record[f"{kind}_seconds"] for record in of_it) for kind in ("wall", "processor")]
-        rows.append([strategy, len(of_it), f"{statistics.mean(closed):.0%}", f"{min(closed):.0%}", *seconds])
-    harness.print_table(["strategy", "documents", "closed, mean", "least", "seconds", "processor seconds"], rows)
+    for strategy, stored in dict.fromkeys((record["strategy"], record["stored"]) for record in records):
+        of_it = [record for record in records if (record["strategy"], record["stored"]) == (strategy, stored)]
+        means = {
+            name: statistics.mean(record[name] for record in of_it)
+            for name in ("closed", "bytes", "wall_seconds", "processor_seconds")
+        }
+        least = min(record["closed"] for record in of_it)
+        rows.append(
+            [
+                strategy,
+                stored,
+                len(of_it),
+                f"{means['closed']:.1%}",
+                f"{least:.1%}",
+                f"{means['bytes'] / 1000000.0:.2f}",
+                means["wall_seconds"],
+                means["processor_seconds"],
+            ]
+        )
+    header = ["strategy", "stored", "documents", "closed, mean", "least", "MB", "seconds", "processor seconds"]
+    harness.print_table(header, rows)
 
 
 if __name__ == "__main__":
