@@ -61,7 +61,18 @@ def recitations(model: nn.Module, processing_class: Any, ids: Sequence[int], *, 
 
 
 def _window(model: nn.Module) -> int:
-    return getattr(get_text_config(model), "max_position_embeddings", None) or 2 * _READ
+    """How many positions may be read. Where the rotary embeddings change with the length of what is read, only those before
+    they do: keys of a long text would be turned otherwise than those of the shorter cartridge."""
+    config = get_text_config(model)
+    window = getattr(config, "max_position_embeddings", None) or 2 * _READ
+    given = getattr(config, "rope_parameters", None) or {}
+    for rope in (given, *(value for value in given.values() if isinstance(value, dict))):  # or one a layer type
+        if rope.get("rope_type") in ("dynamic", "longrope"):
+            first = rope.get("original_max_position_embeddings") or getattr(
+                config, "original_max_position_embeddings", None
+            )
+            window = min(window, first or window)
+    return window
 
 
 def _recited(window: int) -> int:
