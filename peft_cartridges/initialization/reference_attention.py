@@ -79,9 +79,12 @@ def read_behind(model: nn.Module, prefix: KVPrefix, rows: Sequence[Sequence[int]
     """
     observer = _Observer(find_attention_layers(model), rows, observe)
     device = execution_device(base_model(model).get_input_embeddings())
-    # Layers that were compiled one by one show nothing.
-    eager = torch.compiler.set_stance("force_eager")
-    with evaluating(model), eager, shared_prefix(model, prefix), observed_attention(observer):
+    with (
+        evaluating(model),
+        torch.compiler.set_stance("force_eager"),  # compiled layers would show nothing
+        shared_prefix(model, prefix),
+        observed_attention(observer),
+    ):
         # No token sees padding behind it, so no mask is needed; without the head: nobody asks for logits.
         get_decoder(model)(input_ids=pad_right(rows).to(device), use_cache=False)
 
