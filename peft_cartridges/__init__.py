@@ -13,6 +13,7 @@ from . import peft_model as _registration  # noqa: F401
 from .tuner import CartridgeConfig, CartridgeModel
 
 if TYPE_CHECKING:
+    from .adapter_folder import quantize_cartridge
     from .attention import UnsupportedModelError, shared_prefix
     from .chat import ChatCodec, cartridge_chat_template
     from .conversations import load_self_study
@@ -54,6 +55,7 @@ _LAZY = {
     "load_self_study": "conversations",
     "pull_cartridge": "hub",
     "push_cartridge": "hub",
+    "quantize_cartridge": "adapter_folder",
     "shared_prefix": "attention",
 }
 
@@ -80,6 +82,7 @@ __all__ = [
     "load_self_study",
     "pull_cartridge",
     "push_cartridge",
+    "quantize_cartridge",
     "shared_prefix",
 ]
 

@@ -8,16 +8,26 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import tempfile
 import warnings
 from pathlib import Path
+from typing import Literal
 
+import torch
 from peft.utils import PeftType
 from safetensors.torch import save_file
 
 from .kv_prefix import KVPrefix
 from .tuner.config import CartridgeConfig
-from .tuner.file_format import CONFIG_FILE, WEIGHTS_FILE, missing_weights, prefix_to_tensors, read_prefix
+from .tuner.file_format import (
+    CONFIG_FILE,
+    PICKLED_FILES,
+    WEIGHTS_FILE,
+    missing_weights,
+    prefix_to_tensors,
+    read_prefix,
+)
 
 _MAX_CONFIG_BYTES = 1 << 20
 
@@ -82,3 +92,38 @@ def write_cartridge(folder: str | Path, config: CartridgeConfig, prefix: KVPrefi
         config.save_pretrained(staging)
         for name in (WEIGHTS_FILE, CONFIG_FILE):
             os.replace(Path(staging) / name, folder / name)
+
+
+def quantize_cartridge(
+    source: str | Path, output_dir: str | Path, quantization: Literal["int8", "int4", "fp8", "none"]
+) -> tuple[int, int]:
+    """Writes a cartridge anew, in fewer bytes.
+
+    Args:
+        source: Its folder.
+        output_dir: Another folder, for `adapter_config.json` and `adapter_model.safetensors`. Any other file that lies
+            beside the cartridge's (a card, a tokenizer) is copied.
+        quantization: `int8`, `int4` or `fp8`; or `none`, which restores stock PEFT's format, in bfloat16.
+
+    Returns:
+        Bytes of the weights before and after.
+
+    Raises:
+        FileNotFoundError: there is no cartridge in `source`.
+        FileExistsError: `output_dir` is `source`, or holds a cartridge.
+        ValueError: the cartridge is damaged, has further trained modules, or there is no such quantization.
+        ImportError: torchao is not installed, which `int8` and `int4` need.
+    """
+    source, output_dir = Path(source), Path(output_dir)
+    config, prefix = read_cartridge(source)
+    if config.modules_to_save:
+        raise ValueError(f"{source} has `modules_to_save` beside its keys and values, which are not quantized.")
+    if (output_dir / CONFIG_FILE).exists():
+        raise FileExistsError(f"{output_dir} holds a cartridge already: give another `output_dir`.")
+    config = dataclasses.replace(config, quantization=None if quantization == "none" else quantization)
+    write_cartridge(output_dir, config, prefix.to(torch.bfloat16) if quantization == "none" else prefix)
+    for file in source.iterdir():
+        if file.is_file() and file.name not in (CONFIG_FILE, WEIGHTS_FILE, *PICKLED_FILES):
+            shutil.copy2(file, output_dir / file.name)
+    before, after = ((folder / WEIGHTS_FILE).stat().st_size for folder in (source, output_dir))
+    return before, after

@@ -7,7 +7,9 @@ implementation that the user chose; which prefixes are due, and where the tokens
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -55,6 +57,46 @@ class LayerPrefix:
     window: WindowReading = "windowed"
     lengths: Tensor | None = None
     index: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class AttentionCall:
+    """One layer's attention with prefixes due, before it is computed.
+
+    Args:
+        layer: The layer's number among those that hold a prefix; modules that read an earlier layer's keys have its.
+        query: `[batch, num_heads, q_len, key_dim]`.
+        key, value: The rows' own, `[batch, num_key_value_heads, kv_len, key_dim | value_dim]`.
+        parts: The prefixes, with what each query sees of them.
+        mask: Additive mask of the rows' own part, or `None`.
+        sinks: Learned scores `[num_heads]` that carry no value, or `None`.
+        scoring: How scores are made, and whether the rows' own part is causal.
+    """
+
+    layer: int
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    parts: Sequence[Prefix]
+    mask: Tensor | None
+    sinks: Tensor | None
+    scoring: Scoring
+
+
+AttentionObserver = Callable[[AttentionCall], Sequence[Prefix]]
+
+_OBSERVER: ContextVar[AttentionObserver | None] = ContextVar("kv_prefix_observer", default=None)
+
+
+@contextlib.contextmanager
+def observed_attention(observer: AttentionObserver) -> Iterator[None]:
+    """Shows `observer` each attention with prefixes due in this thread or task, and attends to the parts that it returns.
+    Compiled graphs show nothing."""
+    held = _OBSERVER.set(observer)
+    try:
+        yield
+    finally:
+        _OBSERVER.reset(held)
 
 
 def shared_prefix_attention_forward(
@@ -130,8 +172,12 @@ def shared_prefix_attention_forward(
     # Behind a single prefix, so few tokens are all inside any window of that size.
     num_seen = key.shape[2] + prefixes[0].key.shape[-2] if len(prefixes) == 1 and len(forward.due) == 1 else None
     window = None if num_seen is not None and num_seen <= (sliding_window or 0) else sliding_window
-    parts = [_part(prefix, start, query, window, position_ids) for prefix, start in zip(prefixes, starts, strict=True)]
+    parts: Sequence[Prefix] = [
+        _part(prefix, start, query, window, position_ids) for prefix, start in zip(prefixes, starts, strict=True)
+    ]
     _check_shapes(module, parts, key, value)
+    if not torch.compiler.is_compiling() and (observer := _OBSERVER.get()) is not None:
+        parts = observer(AttentionCall(layer, query, key, value, parts, mask, s_aux, scoring))
     paths = {prefix.path for prefix in prefixes}
     if "concatenated" in paths or dropout > 0 or kwargs.get("output_attentions"):
         if "merged" in paths and dropout > 0:

@@ -40,8 +40,9 @@ def describe_cartridge(config: CartridgeConfig, facts: CardFacts, num_bytes: int
         facts.corpus_tokens and f"{facts.corpus_tokens:,} tokens",
         facts.corpus_tokens and config.num_tokens and f"{facts.corpus_tokens / config.num_tokens:.1f} times as long",
     ]
+    kind = f" ({config.quantization})" if config.quantization else ""
     sizes = [
-        num_bytes and f"{num_bytes / 1e6:,.2f} MB in its file",
+        num_bytes and f"{num_bytes / 1e6:,.2f} MB in its file{kind}",
         facts.kv_bytes and f"{facts.kv_bytes / 1e6:,.2f} MB of keys and values when it is served",
     ]
     kinds = ", ".join(f"{name} {number:,}" for name, number in facts.seed_types.items())

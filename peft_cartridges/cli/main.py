@@ -23,6 +23,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "list": ("list", "List the cartridges on the Hub."),
     "pull": ("pull", "Fetch a cartridge from the Hub and check it."),
     "push": ("push", "Put a cartridge on the Hub, with its card."),
+    "quantize": ("quantize", "Write a cartridge anew, in fewer bytes."),
     "serve": ("serve", "Serve cartridges by name, with an OpenAI-compatible API."),
     "synthesize": ("synthesize", "Write the self-study data set of a corpus, or preview it."),
     "train": ("train", "Train a cartridge of a text."),
@@ -52,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             args = parser.parse_args(argv)
             module.run(args)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         print(f"cartridges {chosen}: error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt as stop:

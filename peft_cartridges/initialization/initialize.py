@@ -1,15 +1,86 @@
-"""`initialize_cartridge`: gives an adapter its first keys and values."""
+"""`initialize_cartridge`, and the table of strategies by which it gives an adapter its first keys and values."""
 
 from __future__ import annotations
 
-from typing import Any, cast
+import inspect
+import warnings
+from dataclasses import dataclass
+from typing import Any, Protocol, cast
 
 from peft import PeftModel
+from torch import nn
 
+from ..attention.probe import UnsupportedModelError
 from ..kv_prefix import KVPrefix
 from ..tuner.config import CartridgeConfig
 from ..tuner.model import CartridgeModel
-from .registry import get_strategy
+from .attention_matching import attention_matching
+from .most_attended import most_attended
+from .pretrained import pretrained
+from .random_vectors import random_vectors
+from .summary import summary
+from .text_tokens import first_tokens, random_tokens, sampled_chunks
+
+
+class InitializationStrategy(Protocol):
+    """Makes a prefix of exactly `num_tokens` tokens from a text, with a model that has no active cartridge. Further
+    keyword arguments are options that `initialize_cartridge` hands on."""
+
+    def __call__(
+        self, model: nn.Module, processing_class: Any, text: Any, *, num_tokens: int, chat_template: bool
+    ) -> KVPrefix: ...
+
+
+def auto(model: nn.Module, processing_class: Any, text: str, *, num_tokens: int, chat_template: bool) -> KVPrefix:
+    """`most_attended`, or with a warning `first_tokens` where keys cannot be moved (learned positions) or not all layers
+    have attention."""
+    options: dict[str, Any] = {"num_tokens": num_tokens, "chat_template": chat_template}
+    try:
+        return most_attended(model, processing_class, text, **options)
+    except UnsupportedModelError as reason:
+        warnings.warn(f"Initialization from the first tokens of the text: {reason}", stacklevel=2)
+        return first_tokens(model, processing_class, text, **options)
+
+
+@dataclass(frozen=True)
+class _Row:
+    make: InitializationStrategy
+    needs_text: bool = True
+
+
+_STRATEGIES: dict[str, _Row] = {
+    "attention_matching": _Row(attention_matching),
+    "auto": _Row(auto),
+    "first_tokens": _Row(first_tokens),
+    "most_attended": _Row(most_attended),
+    "pretrained": _Row(pretrained, needs_text=False),
+    "random_tokens": _Row(random_tokens, needs_text=False),
+    "random_vectors": _Row(random_vectors, needs_text=False),
+    "sampled_chunks": _Row(sampled_chunks),
+    "summary": _Row(summary),
+}
+_GIVEN = ("num_tokens", "chat_template")
+
+
+def register_strategy(name: str, strategy: InitializationStrategy, *, needs_text: bool = True) -> None:
+    """Adds a strategy of your own.
+
+    Args:
+        name: What `strategy=` and `SelfStudyConfig(initialization=…)` will call it.
+        strategy: See `InitializationStrategy`.
+        needs_text: Whether it makes something of a text; otherwise it may be given `None`.
+
+    Raises:
+        ValueError: the name is taken.
+    """
+    if name in _STRATEGIES:
+        raise ValueError(f"There is an initialization strategy `{name}` already.")
+    _STRATEGIES[name] = _Row(strategy, needs_text)
+
+
+def list_strategies() -> list[str]:
+    """The names of all strategies, those that you registered included."""
+    return sorted(_STRATEGIES)
 
 
 def initialize_cartridge(
@@ -21,6 +92,7 @@ def initialize_cartridge(
     strategy: str = "auto",
     adapter_name: str | None = None,
     chat_template: bool = True,
+    **options: Any,
 ) -> KVPrefix:
     """Fills a cartridge from a text, or from a prefix that is there already.
 
@@ -38,13 +110,14 @@ def initialize_cartridge(
             former where the model allows it, else the latter. `list_strategies()` has those that you registered too.
         adapter_name: Which adapter; the active one by default.
         chat_template: Whether the text stands in a system message, as in `KVPrefix.from_text`.
+        options: Further arguments of the strategy.
 
     Returns:
         The prefix that the cartridge now holds.
 
     Raises:
         ValueError: neither or both of `text` and `prefix` are given, the text is empty or shorter than the cartridge,
-            or the adapter is no cartridge of this package.
+            the strategy is unknown or has no such option, or the adapter is no cartridge of this package.
     """
     tuner = getattr(model, "base_model", None)
     if not isinstance(tuner, CartridgeModel):
@@ -52,22 +125,37 @@ def initialize_cartridge(
             f"`model` is a {type(model).__name__} without a cartridge: make one with "
             "`get_peft_model(model, peft_cartridges.CartridgeConfig(num_tokens=…))`."
         )
-    if (text is None) == (prefix is None):
-        raise ValueError("Give one of `text` (with `processing_class`) and `prefix`.")
     name = tuner.active_adapters[0] if adapter_name is None else adapter_name
     if name not in tuner.peft_config:
         raise ValueError(f"`adapter_name={name!r}` is not loaded; there are: {', '.join(tuner.peft_config)}.")
+    if strategy not in _STRATEGIES:
+        raise ValueError(f"`strategy={strategy!r}` is unknown; there are: {', '.join(list_strategies())}.")
+    row = _STRATEGIES[strategy]
+    if (text is not None and prefix is not None) or (text is None and prefix is None and row.needs_text):
+        raise ValueError("Give one of `text` (with `processing_class`) and `prefix`.")
     if prefix is None:
-        assert text is not None
-        if processing_class is None:
+        if processing_class is None and text is not None:
             raise ValueError("`processing_class` is missing: pass the tokenizer of the base model with `text`.")
+        _check_options(strategy, row.make, options)
         with model.disable_adapter():
-            prefix = get_strategy(strategy)(
+            prefix = row.make(
                 model.get_base_model(),
                 processing_class,
                 text,
                 num_tokens=cast(CartridgeConfig, tuner.peft_config[name]).num_tokens or 0,
                 chat_template=chat_template,
+                **options,
             )
+    elif options:
+        raise ValueError(f"`{next(iter(options))}` is an option of a strategy, and `prefix` is taken as it is.")
     tuner.set_kv_prefix(prefix, name)
     return prefix
+
+
+def _check_options(name: str, make: InitializationStrategy, options: dict[str, Any]) -> None:
+    parameters = inspect.signature(make).parameters.values()
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+        return
+    known = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in _GIVEN]
+    if unknown := sorted(set(options) - set(known)):
+        raise ValueError(f"The strategy `{name}` has no option `{unknown[0]}`; it has: {', '.join(known) or 'none'}.")

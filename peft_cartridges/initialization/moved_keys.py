@@ -18,6 +18,8 @@ from ..attention.probe import UnsupportedModelError
 from ..attention.reading import read_prefix
 from ..kv_prefix import KVPrefix
 
+# Of how many tokens a turn of the keys is measured.
+PROBE_TOKENS = 64
 # Shares of a head's dimensions that architectures turn; the rest of the dimensions carries no position.
 _ROTARY_SHARES = (1.0, 0.75, 0.5, 0.25)
 # Of the keys' norm: far above what bfloat16 leaves over, far below what any other change would.

@@ -67,3 +67,21 @@ def test_capacity_finds_the_largest_batch_of_a_budget() -> None:
     assert capacity._largest(fits, 64) == 64
     assert capacity._largest(lambda size: size <= 3, 64) == 3
     assert capacity._largest(lambda size: False, 64) == 0
+
+
+def test_initialization_measures_strategies_on_documents(tmp_path: Path) -> None:
+    model = tiny_model()
+    model.save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    text = " ".join(f"the captain says w{number} ." for number in range(50, 80))
+    document = {"id": "ship", "text": text, "questions": [{"question": "what says the captain", "answer": "w50"}]}
+    (tmp_path / "texts.jsonl").write_text(json.dumps(document) + "\n")
+    command = [sys.executable, "-m", "benchmarks.initialization", f"{tmp_path / 'texts.jsonl'}:ship"]
+    command += ["--strategies", "first_tokens", "attention_matching share_of_queries=0.5", "--quantize", "fp8"]
+    command += ["--model", str(tmp_path / "model"), "--dtype", "float32", "--output", str(tmp_path / "figures.json")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    records = json.loads((tmp_path / "figures.json").read_text())["results"]
+    assert [record["stored"] for record in records] == ["as it is", "fp8"] * 2
+    assert records[1]["bytes"] < records[0]["bytes"] and records[0]["nll"] != records[2]["nll"]
+    assert "| attention_matching share_of_queries=0.5" in done.stdout.replace("|  ", "| ").replace("  ", " ")

@@ -179,6 +179,12 @@ def test_repositories_that_are_no_sound_cartridge(hub: LocalHub, files: dict[str
         ("truncated", {WEIGHTS: files[WEIGHTS][:-100]}, ValueError, "truncated or damaged"),
         ("shape", {CONFIG: json.dumps({**config, "num_virtual_tokens": 65}).encode()}, ValueError, "shape"),
         ("nan", {WEIGHTS: save({"prompt_embeddings": nan})}, ValueError, "NaN or infinite"),
+        (
+            "fp8",
+            {CONFIG: json.dumps({**config, "quantization": "fp8"}).encode()},
+            ValueError,
+            "no tensor `layers.0.key",
+        ),
     ]:
         changed = {} if change is None else {**files, **change}
         hub.add_repo(f"user/{name}", {path: data for path, data in changed.items() if data is not None} or {"a": b""})

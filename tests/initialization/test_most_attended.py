@@ -8,7 +8,7 @@ from peft import get_peft_model
 
 from peft_cartridges import CartridgeConfig, KVPrefix, initialize_cartridge
 from peft_cartridges.chat import ChatCodec
-from peft_cartridges.initialization.attention_received import attention_received
+from peft_cartridges.initialization.most_attended import attention_received
 from peft_cartridges.initialization.moved_keys import move_prefix
 from tests.tiny_models import ARCHITECTURES, tiny_model, tiny_tokenizer
 
@@ -94,3 +94,18 @@ def test_a_short_text_is_refused() -> None:
     model = get_peft_model(tiny_model(), CartridgeConfig(num_tokens=12))
     with pytest.raises(ValueError, match=r"fewer than `num_tokens=12`.*Lower `num_tokens`"):
         initialize_cartridge(model, tiny_tokenizer(), text="the sea", strategy="most_attended")
+
+
+@pytest.mark.parametrize("strategy", ["most_attended", "attention_matching"])
+@pytest.mark.parametrize("rope_type", ["dynamic", "longrope"])
+def test_a_text_is_read_only_as_far_as_the_rotary_embeddings_stay_the_same(rope_type: str, strategy: str) -> None:
+    rope = {"rope_type": rope_type, "rope_theta": 1e4, "original_max_position_embeddings": 160, "factor": 3.2}
+    if rope_type == "longrope":
+        rope |= {"short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
+    base, tokenizer, furthest = tiny_model(rope_parameters=rope), tiny_tokenizer(), []
+    base.model.rotary_emb.register_forward_pre_hook(
+        lambda _, args, kwargs: furthest.append(int(kwargs.get("position_ids", args[-1]).max())), with_kwargs=True
+    )
+    model = get_peft_model(base, CartridgeConfig(num_tokens=31))
+    initialize_cartridge(model, tokenizer, text=TEXT, strategy=strategy)
+    assert len(ChatCodec(None, tokenizer).encode_context(TEXT)) > 120 and 80 < max(furthest) < 160
