@@ -11,7 +11,6 @@ import functools
 import inspect
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from types import MethodType
 from typing import Any, TypeVar
 
@@ -81,11 +80,13 @@ def keep_last_logit(model: Any) -> dict[str, int]:
     return {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(_causal_lm(model).forward).parameters else {}
 
 
-@dataclass
 class _DecoderOutput(BaseModelOutputWithPastAndCrossAttentions):
-    """What a decoder gives, as any causal LM around it reads it: mixtures of experts ask for router logits too."""
+    """What a decoder gives, as any causal LM around it reads it. Some ask for more than the states (router logits, keys
+    and values that layers share): it is not there, as where nobody has asked the decoder for it."""
 
-    router_logits: Any = None
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("__"):
+            raise AttributeError(name)
 
 
 class OutputHead:

@@ -11,12 +11,10 @@ from accelerate.hooks import ModelHook, add_hook_to_module
 from transformers import AutoModelForCausalLM
 
 from peft_cartridges.hidden_states import OutputHead, forward_hidden_states, predicting_states
-from tests.tiny_models import HYBRIDS, tiny_model, token_ids
+from tests.tiny_models import ARCHITECTURES, HYBRIDS, tiny_model, token_ids
 
 
-@pytest.mark.parametrize(
-    "name", ["llama", "gemma2", "granite", "gpt2", "qwen3_moe", "gpt_oss", "deepseek_v3", *HYBRIDS]
-)
+@pytest.mark.parametrize("name", [*ARCHITECTURES, *HYBRIDS])
 def test_the_head_is_the_models_own(name: str) -> None:
     model = tiny_model(name)
     head = OutputHead(model)

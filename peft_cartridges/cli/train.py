@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import difflib
 import json
 import sys
 from collections.abc import Sequence
@@ -11,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
+import yaml
 from datasets import Dataset
 from transformers import AutoConfig, AutoTokenizer, EarlyStoppingCallback
 from transformers.trainer_utils import get_last_checkpoint
@@ -156,8 +158,30 @@ def make_parser(*, show_all: bool = False) -> TrlParser:
 def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     """The parsed options as `model`, `data` and `trainer`, with `corpus`."""
     parser = make_parser(show_all="--help-all" in argv)
-    model, data, trainer, rest = parser.parse_args_and_config(list(argv))
+    words = [part for word in argv for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
+    if "--config" in words:
+        _check_recipe((words[words.index("--config") + 1 :] or [""])[0], {action.dest for action in parser._actions})
+    model, data, trainer, rest = parser.parse_args_and_config(words)
     return argparse.Namespace(model=model, data=data, trainer=trainer, corpus=rest.corpus)
+
+
+def _check_recipe(path: str, options: set[str]) -> None:
+    """Raises:
+    ValueError: the YAML file cannot be read, or has an option that there is not.
+    """
+    if not Path(path).is_file():
+        raise ValueError(f"--config: there is no file {path!r}.")
+    try:
+        recipe = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"--config: {path} is no YAML ({' '.join(str(error).split())}).") from None
+    if not isinstance(recipe, dict):
+        raise ValueError(f"--config: {path} is no YAML with `option: value` lines.")
+    for name in recipe:
+        if name not in options | {"env"}:
+            near = difflib.get_close_matches(str(name), options, 1)
+            hint = f": is {near[0]} meant?" if near else ". `--help-all` lists them."
+            raise ValueError(f"--config: {path}: there is no option {name}{hint}")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -173,7 +197,10 @@ def run(args: argparse.Namespace) -> None:
     folder = trainer_args.output_dir
     try:
         if trainer_args.max_steps != 0:
-            trainer.train(resume_from_checkpoint=_last_checkpoint(folder, model.num_tokens))
+            last = _last_checkpoint(folder, model.num_tokens)
+            if last is not None and trainer.is_world_process_zero():
+                _say(f"Carrying on at {last}")
+            trainer.train(resume_from_checkpoint=last)
         if questions or trainer.eval_dataset:
             trainer.save_metrics("eval", trainer.evaluate())
         trainer.save_model()  # with its card, and, with --push-to-hub, on the Hub

@@ -28,9 +28,10 @@ from ..corpus import Chunk, Chunker, iter_documents
 from ..model_identity import model_fingerprint, tokenizer_fingerprint
 from .dialogue import SeedPrompts
 from .dispatch import Dispatcher, Job
-from .engines import Engine, Outcome, TransformersEngine, make_engines
+from .engines import Engine, TransformersEngine, make_engines
 from .part_study import PartStudy
 from .processes import Processes
+from .progress import Progress
 from .quality import Candidate, make_filters
 from .scoring import EngineScoring, ModelScorer
 from .synthesis_config import SynthesisConfig
@@ -144,7 +145,7 @@ class SelfStudySynthesizer:
         processes.wait_for_all()
         identity = folder.claim(identity)
         chunks = self._chunks(chunker)
-        plan = self._plan(folder)
+        plan = self._plan(folder.parts(WRITTEN))
         self._check_window(chunker, chunks, plan)
         self._write(folder, plan, chunks, identity, shown=processes.is_main)
         stage = self._score(folder, plan, identity, shown=processes.is_main)
@@ -178,6 +179,15 @@ class SelfStudySynthesizer:
         seconds = time.perf_counter() - start
         report = self._conclude(folder, stage, plan, identity, chunker.lengths)
         return self._open(folder, stage, plan), report["generated_tokens"] / seconds
+
+    def check(self, corpus: Any) -> None:
+        """Whether a run can begin, by its lengths alone: no model is run, nothing is written.
+
+        Raises:
+            ValueError: the corpus is empty or has no `text`, or a chunk does not fit into the model's window.
+        """
+        chunker = self._chunker(iter_documents(corpus))
+        self._check_window(chunker, self._chunks(chunker), self._plan(()))
 
     def address(self, corpus: Any) -> str:
         """What the set of a corpus is addressed by: 64 hexadecimal digits, of all that decides its content (corpus,
@@ -219,10 +229,9 @@ class SelfStudySynthesizer:
         number = -(-self.args.num_conversations // self.args.conversations_per_chunk)
         return dict(enumerate(itertools.islice(chunker.chunks(self.args.synthesis_seed), number)))
 
-    def _plan(self, folder: ConversationFolder) -> list[Part]:
+    def _plan(self, there: Sequence[Part]) -> list[Part]:
         """The parts that make up the set: those that are there, and what they lack."""
         total, each = self.args.num_conversations, self.args.conversations_per_chunk
-        there = folder.parts(WRITTEN)
         plan = []
         for chunk in range(-(-total // each)):
             wanted = min(each, total - chunk * each)
@@ -309,7 +318,7 @@ class SelfStudySynthesizer:
     ) -> None:
         """Runs a job for each part of a stage that is not there, and waits for those that somebody else is making."""
         pending = [part for part in plan if not folder.has(stage, part)]
-        with _Progress(plan, pending, title, shown=shown and bool(pending)) as progress:
+        with Progress(plan, pending, title, shown=shown and bool(pending)) as progress:
             while pending:
                 with contextlib.ExitStack() as claims:
                     held: dict[Any, contextlib.ExitStack] = {}
@@ -368,7 +377,7 @@ class SelfStudySynthesizer:
             self._run(folder, stage, plan, scoring, keep, "Scoring", shown)
             return stage
         pending = [part for part in plan if not folder.has(stage, part)]
-        with _Progress(plan, pending, "Scoring", shown=shown and bool(pending)) as progress:
+        with Progress(plan, pending, "Scoring", shown=shown and bool(pending)) as progress:
             while pending:
                 for part in pending:
                     with folder.claimed(stage, part) as mine:
@@ -454,39 +463,6 @@ class SelfStudySynthesizer:
             columns = [name for name in make_features("top_k") if name.startswith("teacher_")]
             dataset = dataset.remove_columns([name for name in columns if name in dataset.column_names])
         return describe(dataset, without_bulk(manifest))
-
-
-class _Progress:
-    """The bar of a stage: conversations, tokens per second and the share that was kept."""
-
-    def __init__(self, plan: Sequence[Part], pending: Sequence[Part], title: str, *, shown: bool) -> None:
-        self._left = {part: len(part) for part in pending}
-        total = sum(map(len, plan))
-        self._bar = tqdm(
-            total=total, initial=total - sum(map(len, pending)), desc=title, unit=" conversations", disable=not shown
-        )
-        self._tokens, self._started, self._told = 0, time.perf_counter(), 0.0
-
-    def add(self, part: Part) -> None:
-        """A part is there."""
-        self._bar.update(self._left.pop(part, 0))
-
-    def answered(self, outcome: Outcome) -> None:
-        if outcome.generation is not None:
-            self._tokens += len(outcome.generation.token_ids)
-        now = time.perf_counter()
-        if now - self._told > 1 and self._tokens:
-            self._told = now
-            self.say(f"{self._tokens / (now - self._started):,.0f} tokens/s")
-
-    def say(self, text: str) -> None:
-        self._bar.set_postfix_str(text)
-
-    def __enter__(self) -> _Progress:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._bar.close()
 
 
 def _name_of(model: Any) -> str:

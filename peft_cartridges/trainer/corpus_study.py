@@ -13,7 +13,7 @@ from peft import PeftModel
 
 from ..conversations import read_provenance
 from ..corpus import as_documents
-from ..self_study import SelfStudySynthesizer, SynthesisConfig
+from ..self_study import Engine, SelfStudySynthesizer, SynthesisConfig
 from .data_checks import first_rows
 from .rounds import ConversationRounds
 from .self_study_config import SelfStudyConfig
@@ -42,10 +42,19 @@ class CorpusStudy:
         self.args = args
         self.processing_class = processing_class
         self.identity: dict[str, Any] | None = None
+        self._engines: list[Engine] | None = None
 
     @property
     def is_written(self) -> bool:
         return self.identity is not None
+
+    def check(self, model: PeftModel) -> None:
+        """Whether conversations can be written, before anything is run.
+
+        Raises:
+            ValueError: as `SelfStudySynthesizer.check`.
+        """
+        self._synthesizer(model, SynthesisConfig.from_args(self.args)).check(self.documents)
 
     def write(self, model: PeftModel) -> Dataset | ConversationRounds:
         """The conversations, or rounds of them (`resample_every`).
@@ -61,10 +70,11 @@ class CorpusStudy:
         """
         if self.args.resample_every:
             return self._rounds(model)
-        synthesizer = SelfStudySynthesizer(model, self.processing_class, SynthesisConfig.from_args(self.args))
+        synthesizer = self._synthesizer(model, SynthesisConfig.from_args(self.args))
         folder = self._folder / synthesizer.address(self.documents)[:12]
         dataset = synthesizer.synthesize(self.documents, output_dir=folder, corpus_name=self.name)
         self.identity = read_provenance(dataset)
+        self._engines = None  # nothing is written any more
         return dataset
 
     def write_held_out(self, model: PeftModel) -> Dataset:
@@ -76,9 +86,16 @@ class CorpusStudy:
             synthesis_seed=self.args.synthesis_seed + 1,
             recitation_share=0.0,
         )
-        synthesizer = SelfStudySynthesizer(model, self.processing_class, settings)
+        synthesizer = self._synthesizer(model, settings)
         folder = self._folder / synthesizer.address(self.documents)[:12]
         return synthesizer.synthesize(self.documents, output_dir=folder, corpus_name=self.name)
+
+    def _synthesizer(self, model: PeftModel, settings: SynthesisConfig) -> SelfStudySynthesizer:
+        """One that writes by the same engines as those before it: vLLM in this process loads a model for itself."""
+        synthesizer = SelfStudySynthesizer(model, self.processing_class, settings, engines=self._engines)
+        if settings.engine != "transformers":  # that one is the model at hand, and holds the chunks that it has read
+            self._engines = synthesizer.engines
+        return synthesizer
 
     @property
     def _folder(self) -> Path:
@@ -95,7 +112,7 @@ class CorpusStudy:
             )
             if args.should_save and number:  # the round before has been used
                 shutil.rmtree(self._folder / f"round-{number - 1}", ignore_errors=True)
-            synthesizer = SelfStudySynthesizer(model, self.processing_class, settings)
+            synthesizer = self._synthesizer(model, settings)
             folder = self._folder / f"round-{number}"
             dataset = synthesizer.synthesize(self.documents, output_dir=folder, corpus_name=self.name)
             self.identity = read_provenance(dataset)

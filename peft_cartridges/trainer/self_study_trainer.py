@@ -276,6 +276,8 @@ class SelfStudyTrainer(_BaseTrainer):
         """
         if resume_from_checkpoint:  # it brings its cartridge along
             self._noise = None
+        if self.study is not None and not self.study.is_written:
+            self.study.check(cast(PeftModel, self.model))
         self.initialize_cartridge()
         if self.args.padding_free:
             check_packing(self.model)

@@ -88,7 +88,7 @@ def test_yaml_and_the_command_line_share_their_options(folder: Path) -> None:
         f"model: {folder / 'model'}\nnum_tokens: 6\ncorpus: [{folder / 'corpus.md'}]\nseed_types: [question]\n"
         "max_steps: 0\nuse_cpu: true\n"
     )
-    command = ["train", "--config", str(folder / "recipe.yaml"), "--num-tokens", "5"]
+    command = ["train", f"--config={folder / 'recipe.yaml'}", "--num-tokens", "5"]
     assert main([*command, "--output-dir", str(folder / "out")]) == 0
     assert json.loads((folder / "out" / "adapter_config.json").read_text())["num_virtual_tokens"] == 5
 
@@ -101,7 +101,8 @@ def test_yaml_and_the_command_line_share_their_options(folder: Path) -> None:
         (["--load-in-4bit", "--load-in-8bit"], "--load-in-4bit and --load-in-8bit do not go together"),
         (["--gold-questions", "missing.jsonl"], "missing.jsonl"),
         (["--tokens", "3"], "--tokens"),
-        (["--steps", "2", "--num-tokens", "500", *SYNTHESIS], "fewer than `num_tokens=500`"),
+        (["--steps", "2", "--num-tokens", "400", *SYNTHESIS], "fewer than `num_tokens=400`"),
+        (["--num-tokens", "9999", *SYNTHESIS], "the model has 512 positions"),
     ],
 )
 def test_mistakes_are_one_line(
@@ -109,6 +110,21 @@ def test_mistakes_are_one_line(
 ) -> None:
     assert _train(folder, *options) == 1
     line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert line.startswith("cartridges train: error: ") and message in line
+
+
+@pytest.mark.parametrize(
+    ("written", "message"),
+    [("num_tokens: [4", "recipe.yaml is no YAML"), ("num_tokns: 4", "recipe.yaml: there is no option num_tokns"),
+     ("- 4", "recipe.yaml is no YAML with `option: value` lines"), (None, "--config: there is no file")],
+)  # fmt: skip
+def test_a_recipe_that_cannot_be_read_is_named(
+    folder: Path, capsys: pytest.CaptureFixture[str], written: str | None, message: str
+) -> None:
+    if written is not None:
+        (folder / "recipe.yaml").write_text(written)
+    assert _train(folder, "--config", str(folder / "recipe.yaml")) == 1
+    (line,) = capsys.readouterr().err.strip().splitlines()
     assert line.startswith("cartridges train: error: ") and message in line
 
 
