@@ -9,6 +9,11 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from . import quiet as _quiet
+
+if _quiet.is_command():
+    _quiet.quiet_libraries()
+
 from . import peft_model as _registration  # noqa: F401
 from .tuner import CartridgeConfig, CartridgeModel
 

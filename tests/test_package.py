@@ -29,3 +29,11 @@ def test_every_public_name_can_be_imported() -> None:
 def test_an_unknown_name_is_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = peft_cartridges.nothing
+
+
+@pytest.mark.parametrize("command", [["-m", "peft_cartridges"], ["-c", "import sys; sys.argv[0] = 'bin/cartridges'; "
+    "from peft_cartridges.cli import main; main(['list', '--help'])"]])  # fmt: skip
+def test_the_command_says_nothing_of_other_libraries(command: list[str]) -> None:
+    options = [] if "-c" in command else ["--version"]
+    done = subprocess.run([sys.executable, *command, *options], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout and not done.stderr, done.stderr

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from .. import __version__
-from .quiet import quiet_libraries
+from ..quiet import quiet_libraries
 
 # Command -> (module beside this one, one line of help)
 COMMANDS: dict[str, tuple[str, str]] = {

@@ -114,6 +114,9 @@ def add_cartridge(
             "conversations with a `context` column. All of its tokens are trained, the first ones too."
         )
         peft_config = replace(peft_config, num_frozen_tokens=0)
+    if is_sharded(model):
+        # The look at its attention layers leaves gathered copies of weights behind: PEFT would freeze those.
+        model.requires_grad_(False)
     set_seed(args.seed)
     return get_peft_model(model, peft_config)
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import warnings
+from pathlib import Path
 
 
 def quiet_libraries() -> None:
@@ -16,6 +18,7 @@ def quiet_libraries() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     for name in (
         "torch",
+        "torch.utils._pytree",  # torch resets the level of its own logger when it is imported
         "torchao",
         "bitsandbytes",
         "transformers",
@@ -31,3 +34,13 @@ def quiet_libraries() -> None:
         handler.setFormatter(logging.Formatter("note: %(message)s"))
         own.addHandler(handler)
         own.propagate = False
+
+
+def is_command() -> bool:
+    """Whether this process is the `cartridges` command (or `python -m peft_cartridges`), not a program that imports the
+    package: the libraries speak while the package is imported, before the command's own code is."""
+    started = sys.argv[0] if getattr(sys, "argv", None) else ""
+    if started == "-m":  # while the package of `python -m` is imported
+        words = sys.orig_argv
+        return "-m" in words and words[words.index("-m") + 1 :][:1] == [__package__]
+    return Path(started).name == "cartridges"
