@@ -188,7 +188,8 @@ def test_ctrl_c_ends_at_once_though_a_server_hangs(tmp_path: Path) -> None:
     released = threading.Event()
     with CompletionsServer(lambda number: released.wait(60)).running() as url:
         script = (
-            "import sys\n"
+            "import signal\n"
+            "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # ignored in a shell's background jobs
             "from tests.self_study.engines.test_openai import _engine, _run\n"
             "print('asking', flush=True)\n"
             f"_run(_engine({url!r}, timeout=50))\n"
