@@ -24,6 +24,8 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from peft_cartridges.atomic_files import write_text
+
 Settings = dict[str, Any]
 Worker = Callable[[Settings], dict[str, Any]]
 
@@ -159,7 +161,6 @@ def _resident_bytes() -> int:
 def save(args: argparse.Namespace, name: str, results: Any) -> Path:
     """Writes the JSON, with the command and the machine, and says where."""
     path = args.output or Path(__file__).parent / "results" / f"{name}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
     record = {
         "command": f"python -m benchmarks.{name} " + " ".join(sys.argv[1:]),
         "machine": {
@@ -170,9 +171,7 @@ def save(args: argparse.Namespace, name: str, results: Any) -> Path:
         },
         "results": results,
     }
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(record, indent=1))
-    temporary.replace(path)
+    write_text(path, json.dumps(record, indent=1))
     print(f"\nWritten to {path}")
     return path
 

@@ -13,6 +13,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..corpus.sentences import split_sentences
+
 
 @dataclass(frozen=True)
 class Instruction:
@@ -71,7 +73,7 @@ RULES: dict[str, Callable[..., bool]] = {
         len(re.findall(r"\w+", answer)), num_words, relation
     ),
     "length_constraints:number_sentences": lambda answer, num_sentences, relation: _compare(
-        len([part for part in re.split(r"(?<=[.!?])\s+", answer.strip()) if part]), num_sentences, relation
+        len(split_sentences(answer)), num_sentences, relation
     ),
     "length_constraints:number_paragraphs": lambda answer, num_paragraphs: (
         len(_paragraphs(answer, "***")) == num_paragraphs

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import warnings
 from pathlib import Path
 from typing import Any
 
-import torch
 from peft import PeftModel
-from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch import nn
 
 from ..adapter_folder import read_config
 from ..attention.probe import find_attention_layers, get_text_config
+from ..model_identity import model_fingerprint
 from ..tuner.config import CartridgeConfig
 from .card_facts import BaseIdentity, CardFacts, load_facts
 from .model_card import is_hub_name
@@ -29,7 +27,6 @@ _SHAPE = (
     "head_dim",
     "rope_parameters",
 )
-_ELEMENTS_PER_WEIGHT = 4096
 
 
 def identify_base_model(model: nn.Module, *, hash_weights: bool = True) -> BaseIdentity:
@@ -37,8 +34,8 @@ def identify_base_model(model: nn.Module, *, hash_weights: bool = True) -> BaseI
 
     Args:
         model: A transformers causal LM, or a PEFT model around one.
-        hash_weights: Whether to hash some values of a few weights, rounded to bfloat16, so that one checkpoint gives
-            one hash in float32 and bfloat16. There is no hash in float16, quantized, or while weights are offloaded.
+        hash_weights: Whether to hash the weights (`model_fingerprint`: one checkpoint has one hash in every dtype).
+            There is no hash while they are quantized or offloaded.
 
     The name is kept only if it is one on the Hub: a path says nothing elsewhere, and something about this machine.
     """
@@ -59,7 +56,7 @@ def check_base_model(model: nn.Module, cartridge: str | Path, *, hash_weights: b
     """Compares a base model with the one that the cartridge in a folder was trained on, before it is loaded.
 
     What the folder does not say is not compared: stock PEFT records the name and the number of layers and heads, this
-    package's `cartridge.json` also RoPE settings and a hash of a few weights.
+    package's `cartridge.json` also RoPE settings and a hash of the weights.
 
     Raises:
         ValueError: another architecture, shape or RoPE settings.
@@ -149,21 +146,8 @@ def _plain(value: Any) -> Any:
 
 
 def _hash_weights(model: nn.Module) -> str | None:
-    """SHA-256 of evenly spread values of the input embeddings and of the first and last attention layer's weights."""
-    layers = find_attention_layers(model)
-    modules = [model.get_input_embeddings(), layers[0].module, layers[-1].module]  # type: ignore[operator]
-    digest = hashlib.sha256()
-    for module in modules:
-        for name, weight in sorted(module.named_parameters()):
-            if weight.device.type == "meta" or weight.dtype not in (torch.float32, torch.bfloat16, torch.float64):
-                return None
-            digest.update(name.encode())
-            digest.update(_sample(weight))
-    return digest.hexdigest()
-
-
-def _sample(weight: Tensor) -> bytes:
-    # Of a model that is sharded over processes, all of which come here.
-    flat = (weight.full_tensor() if isinstance(weight, DTensor) else weight).detach().reshape(-1)
-    values = flat[:: max(1, flat.numel() // _ELEMENTS_PER_WEIGHT)][:_ELEMENTS_PER_WEIGHT]
-    return values.to("cpu", torch.bfloat16).contiguous().view(torch.int16).numpy().astype("<i2").tobytes()
+    """`model_fingerprint`, where all weights are here as they were trained."""
+    changed = getattr(model, "hf_quantizer", None) is not None
+    if changed or any(weight.device.type == "meta" or not weight.is_floating_point() for weight in model.parameters()):
+        return None
+    return model_fingerprint(model)

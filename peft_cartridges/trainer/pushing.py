@@ -14,17 +14,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from huggingface_hub import CommitInfo
+from huggingface_hub import CommitInfo, HfApi
 from peft import PeftModel
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, SaveStrategy
 from transformers.utils import logging
 from transformers.utils.hub import PushInProgress, hf_api
+from trl.trainer.base_trainer import _BaseTrainer
 
 from ..hub import push_cartridge
 from ..hub.pull import CARTRIDGE_FILES, IMAGE_FILE
-from ..hub.push import find_base_name
+from ..hub.push import find_base_name, refuse_public
+from ..hub_errors import hub_errors
 from .run_card import write_run_card
 from .self_study_config import SelfStudyConfig
 
@@ -170,3 +172,89 @@ def _push_copy(copy: tempfile.TemporaryDirectory[str], push: Callable[[Path], An
             push(Path(folder))
         except (OSError, ValueError) as error:
             logger.warning(f"A checkpoint was not pushed: {error}")
+
+
+class PushingTrainer(_BaseTrainer):
+    """What a `Trainer` does about the Hub, for a trainer with a `CartridgePusher`."""
+
+    args: SelfStudyConfig
+    pusher: CartridgePusher
+    push_in_progress: Any
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """As `Trainer.init_hf_repo`.
+
+        Raises:
+            HubError: the Hub refuses it, or the repository was to be private and is public already.
+        """
+        name = self.args.hub_model_id or Path(self.args.output_dir or ".").absolute().name
+        held = self.args.hub_private_repo
+        self.args.hub_private_repo = held if private is None else private
+        try:
+            with hub_errors(name, None):
+                super().init_hf_repo(token=token)  # transformers 5.22 takes no `private`
+                if self.is_world_process_zero() and self.args.hub_private_repo:
+                    refuse_public(cast(str, self.hub_model_id), HfApi(token=token or self.args.hub_token))
+        finally:
+            self.args.hub_private_repo = held
+
+    def create_model_card(  # type: ignore[override]
+        self,
+        language: str | list[str] | None = None,
+        license: str | None = None,
+        tags: str | list[str] | None = None,
+        model_name: str | None = None,
+        finetuned_from: str | None = None,
+        dataset: str | list[str] | None = None,
+        dataset_name: str | list[str] | None = None,
+    ) -> None:
+        """Writes the cartridge's model card into `output_dir`.
+
+        Args:
+            language, license, finetuned_from: Instead of those in `args`.
+            tags: Further tags.
+            model_name: The card's heading.
+            dataset, dataset_name: Data sets on the Hub that it was made from (the names of `Trainer` and of TRL).
+        """
+        facts = {"language": language, "tags": tags, "datasets": dataset or dataset_name}
+        changes: dict[str, Any] = {name: [value] if isinstance(value, str) else value for name, value in facts.items()}
+        changes |= {"license": license, "title": model_name, "base_model": finetuned_from}
+        write_run_card(
+            cast("SelfStudyTrainer", self),
+            self.args.output_dir or ".",
+            **{name: value for name, value in changes.items() if value},
+        )
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """As `Trainer.push_to_hub`, but uploads only the cartridge, its card with figures, and the tokenizer.
+
+        Args:
+            commit_message, blocking, token, revision, private: As in `Trainer.push_to_hub`.
+            kwargs: Of `create_model_card`.
+
+        Returns:
+            The commit; a future of it with `blocking=False`; None in processes other than the main one.
+
+        Raises:
+            ValueError: the base model has no name on the Hub.
+            HubError: the Hub refuses it or cannot be reached. The cartridge is in `output_dir` then.
+        """
+        return self.pusher.push_now(
+            commit_message or "End of training",
+            blocking=blocking,
+            token=token,
+            revision=revision,
+            private=private,
+            card=kwargs,
+        )
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """`CartridgePusher.on_save` does it, when the checkpoint is complete."""

@@ -5,24 +5,19 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, TypeAlias, cast
 
 import torch
 from datasets import Dataset, IterableDataset
-from huggingface_hub import HfApi
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.data import SequentialSampler
 from transformers import PreTrainedModel, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput, EvalPrediction
-from trl.trainer.base_trainer import _BaseTrainer
 
 from ..chat import ChatCodec, get_tokenizer, with_cartridge_chat_template
 from ..hidden_states import OutputHead, forward_hidden_states
 from ..hub.base_model import identify_base_model
-from ..hub.push import refuse_public
-from ..hub_errors import hub_errors
 from ..initialization import initialize_cartridge
 from ..objectives import Objective
 from ..tuner import CartridgeConfig
@@ -33,7 +28,7 @@ from .corpus_study import CorpusStudy, find_hub_datasets, text_of_contexts
 from .data_checks import check_data, is_corpus
 from .gap_evaluation import GapEvaluation
 from .model_preparation import add_cartridge, check_distribution, check_packing, is_sharded, load_base_model
-from .pushing import CartridgePusher, check_base_name
+from .pushing import CartridgePusher, PushingTrainer, check_base_name
 from .run_card import write_run_card
 from .self_study_config import INITIALIZE_FROM_NOTHING, SelfStudyConfig
 from .step_data import StepData
@@ -43,7 +38,7 @@ from .training_curve import TrainingCurveCallback
 AnyDataset: TypeAlias = Dataset | IterableDataset
 
 
-class SelfStudyTrainer(_BaseTrainer):
+class SelfStudyTrainer(PushingTrainer):
     """Trains a cartridge by self-study and context distillation (arXiv 2506.06266): the model with a chunk of the
     corpus in context is the teacher, the same model with the cartridge is the student.
 
@@ -102,7 +97,6 @@ class SelfStudyTrainer(_BaseTrainer):
     loss_is_scaled_for_ga = True  # type: ignore[assignment]
 
     args: SelfStudyConfig
-    push_in_progress: Any
 
     def __init__(
         self,
@@ -468,7 +462,7 @@ class SelfStudyTrainer(_BaseTrainer):
                 metrics.setdefault(f"{prefix}_gap_closed", metrics[f"{prefix}_{name}"])
         return metrics
 
-    # -- what is shown, saved and pushed ---------------------------------------------------------------------------------
+    # -- what is shown and saved ---------------------------------------------------------------------------------
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As `Trainer.log`; training steps also with tokens per second (all processes), memory and, where it is what is
@@ -488,77 +482,3 @@ class SelfStudyTrainer(_BaseTrainer):
             write_run_card(self, output_dir or self.args.output_dir or ".")
             if self.args.push_to_hub:
                 self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
-
-    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
-        """As `Trainer.init_hf_repo`.
-
-        Raises:
-            HubError: the Hub refuses it, or the repository was to be private and is public already.
-        """
-        name = self.args.hub_model_id or Path(self.args.output_dir or ".").absolute().name
-        held = self.args.hub_private_repo
-        self.args.hub_private_repo = held if private is None else private
-        try:
-            with hub_errors(name, None):
-                super().init_hf_repo(token=token)  # transformers 5.22 takes no `private`
-                if self.is_world_process_zero() and self.args.hub_private_repo:
-                    refuse_public(cast(str, self.hub_model_id), HfApi(token=token or self.args.hub_token))
-        finally:
-            self.args.hub_private_repo = held
-
-    def create_model_card(  # type: ignore[override]
-        self,
-        language: str | list[str] | None = None,
-        license: str | None = None,
-        tags: str | list[str] | None = None,
-        model_name: str | None = None,
-        finetuned_from: str | None = None,
-        dataset: str | list[str] | None = None,
-        dataset_name: str | list[str] | None = None,
-    ) -> None:
-        """Writes the cartridge's model card into `output_dir`.
-
-        Args:
-            language, license, finetuned_from: Instead of those in `args`.
-            tags: Further tags.
-            model_name: The card's heading.
-            dataset, dataset_name: Data sets on the Hub that it was made from (the names of `Trainer` and of TRL).
-        """
-        facts = {"language": language, "tags": tags, "datasets": dataset or dataset_name}
-        changes: dict[str, Any] = {name: [value] if isinstance(value, str) else value for name, value in facts.items()}
-        changes |= {"license": license, "title": model_name, "base_model": finetuned_from}
-        write_run_card(self, self.args.output_dir or ".", **{name: value for name, value in changes.items() if value})
-
-    def push_to_hub(
-        self,
-        commit_message: str | None = "End of training",
-        blocking: bool = True,
-        token: str | None = None,
-        revision: str | None = None,
-        private: bool | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        """As `Trainer.push_to_hub`, but uploads only the cartridge, its card with figures, and the tokenizer.
-
-        Args:
-            commit_message, blocking, token, revision, private: As in `Trainer.push_to_hub`.
-            kwargs: Of `create_model_card`.
-
-        Returns:
-            The commit; a future of it with `blocking=False`; None in processes other than the main one.
-
-        Raises:
-            ValueError: the base model has no name on the Hub.
-            HubError: the Hub refuses it or cannot be reached. The cartridge is in `output_dir` then.
-        """
-        return self.pusher.push_now(
-            commit_message or "End of training",
-            blocking=blocking,
-            token=token,
-            revision=revision,
-            private=private,
-            card=kwargs,
-        )
-
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """`CartridgePusher.on_save` does it, when the checkpoint is complete."""

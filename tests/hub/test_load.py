@@ -102,13 +102,12 @@ def test_without_a_hash_names_and_revisions_are_compared(tmp_path: Path) -> None
         check_base_model(model, folder)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_one_checkpoint_has_one_hash_in_any_dtype(dtype: torch.dtype) -> None:
     stored = tiny_model(dtype=torch.bfloat16)
     expected = identify_base_model(stored).weights_sha256
     assert expected and identify_base_model(stored.to(dtype)).weights_sha256 == expected
     assert identify_base_model(tiny_model(seed=1, dtype=dtype)).weights_sha256 != expected
-    assert identify_base_model(tiny_model(dtype=torch.float16)).weights_sha256 is None
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2", "qwen2_5_vl"])
