@@ -79,10 +79,26 @@ def _modules(model: nn.Module) -> list[Any]:
     ]
 
 
+# What an error says of a model -> what the page says of all models like it.
+_REASONS = (
+    (r"cannot hold a prefix: (.*?)(?: \(\w+\))?[,.]", r"\1"),
+    (r"recurrent state beside their attention", "a recurrent state beside the attention"),
+    (r"attention interface \(layer types: ([\w, ]+)\)", r"layers of another kind: \1"),
+    (
+        r"no causal attention through transformers' attention interface",
+        "attention of its own, not transformers' interface",
+    ),
+    (r"takes `position_ids`", "takes no `position_ids`"),
+    (r"takes no `past_key_values`", "takes no `past_key_values`"),
+    (r"could not be probed", "one token by itself does not go through it"),
+    (r"(attends several times in one layer)", r"\1"),
+    (r"chunked-attention layers", "chunked attention"),
+    (r"does not tell its sliding window", "does not tell its sliding window to its attention function"),
+)
+
+
 def _reason(message: str) -> str:
-    """The reason without the names of one model."""
-    short = re.split(
-        r"(?<=[a-z])[.:;,(] |, so |\. ",
-        re.sub(r"`[\w.]+` \(\w+\) |^\w+(?:: the layers [\w., …]+?)? (?=[a-z])", "", message),
-    )
-    return " ".join(short[0].split())[:110]
+    for pattern, reason in _REASONS:
+        if found := re.search(pattern, message):
+            return found.expand(reason)
+    raise AssertionError(f"The page has no words for this refusal: {message}")
