@@ -1,6 +1,6 @@
 """Attention of a whole batch to one shared prefix: the mechanism under teacher, cartridge, synthesis and evaluation."""
 
-from .delivery import shared_prefix
+from .contexts import shared_prefix
 from .probe import AttentionLayer, UnsupportedModelError, find_attention_layers, find_decoder, get_decoder
 
 __all__ = [

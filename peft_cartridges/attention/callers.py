@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from types import FrameType
 from typing import Any
 
-_NOT_CALLERS = (__name__, f"{__package__}.delivery", "contextlib")
+_NOT_CALLERS = (__name__, f"{__package__}.contexts", "contextlib")
 
 
 def thread_and_task() -> tuple[int, Any]:

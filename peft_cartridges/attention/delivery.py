@@ -11,13 +11,11 @@ from __future__ import annotations
 
 import copy
 import inspect
-import sys
 import threading
 import warnings
 import weakref
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
-from types import FrameType, TracebackType
 from typing import Any, Protocol
 
 import torch
@@ -26,14 +24,12 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import Checkpoi
 from transformers import Cache
 
 from ..kv_prefix import KVPrefix
-from .callers import frames, generator_that_opens, thread_and_task
-from .interface import SHARED_PREFIX, AttentionPath, LayerPrefix, WindowReading, expand_tokens
+from .interface import SHARED_PREFIX, LayerPrefix
 from .positions import positions_behind
 from .probe import (
     AttentionLayer,
     ConfigView,
     base_model,
-    execution_device,
     find_attention_layers,
     get_decoder,
 )
@@ -51,6 +47,20 @@ class DuePrefix(Protocol):
 
     def parts(self, layer: int, module: nn.Module, query: Tensor) -> Sequence[LayerPrefix]:
         """What the `layer`-th attention layer is to attend to; `module` is the one that asks, `query` its queries."""
+
+
+class OpenPrefix(DuePrefix, Protocol):
+    """A prefix that is due for as long as a context is open; see `contexts.py`."""
+
+    host: PrefixHost
+    threads: set[int]
+    unverified: KVPrefix | None
+
+    def holds_here(self) -> bool:
+        """Whether the code that runs now is inside the context."""
+
+    def warn_of_suspension(self) -> None:
+        """Says once that the generator that opened the context is suspended, and so not inside, if one did."""
 
 
 class PrefixSource(Protocol):
@@ -80,7 +90,7 @@ class _Forward:
 # Set while a decoder's forward runs, and again while a part of it is computed once more in a backward.
 _FORWARD: ContextVar[_Forward | None] = ContextVar("kv_prefix_forward", default=None)
 # The open contexts of this thread or task.
-_OPEN: ContextVar[tuple[SharedPrefix, ...]] = ContextVar("kv_prefix_open", default=())
+OPEN: ContextVar[tuple[OpenPrefix, ...]] = ContextVar("kv_prefix_open", default=())
 
 
 class PrefixHost:
@@ -98,7 +108,7 @@ class PrefixHost:
         self.sources: list[PrefixSource] = []
         # Contexts that are open anywhere, in whatever thread: what a compiled graph can depend on.
         self.contexts = 0
-        self.open: list[SharedPrefix] = []
+        self.open: list[OpenPrefix] = []
         self._lock = threading.Lock()
         self._running: list[_Forward] = []
         self._caches: weakref.WeakSet[Any] = weakref.WeakSet()  # that a forward has filled
@@ -160,11 +170,11 @@ class PrefixHost:
         """Whether a forward of the model would get prefixes."""
         return any(source.is_due() for source in self.sources) or (self.contexts > 0 and bool(self._open_here()))
 
-    def _open_here(self) -> list[SharedPrefix]:
+    def _open_here(self) -> list[OpenPrefix]:
         here = [context for context in tuple(self.open) if context.holds_here()]
-        if not here and not _OPEN.get():
+        if not here and not OPEN.get():
             self._warn_of_untold_threads()
-        for context in _OPEN.get() if not here else ():
+        for context in OPEN.get() if not here else ():
             if context.host is self:
                 context.warn_of_suspension()
         return here
@@ -233,7 +243,7 @@ class PrefixHost:
         if tokens is None:
             return None
         due = self._due(tokens.shape[0], self._continues(inputs, tokens), contexts)
-        if contexts and inputs.get("cache") is not None and not any(isinstance(prefix, SharedPrefix) for prefix in due):
+        if contexts and inputs.get("cache") is not None and not any(prefix in self.open for prefix in due):
             raise RuntimeError(
                 "`generate_batch` runs the model in a thread of its own, where an open `shared_prefix` does not hold. Put "
                 "the prefix into a cartridge (`get_peft_model`, `set_kv_prefix`), or close the context."
@@ -278,13 +288,13 @@ class PrefixHost:
             self._check_taken(forward)
         if output is not None and forward.unverified is not None:
             prefix, forward.unverified.context.unverified = forward.unverified.context.unverified, None
-            held = _OPEN.set(tuple(context for context in _OPEN.get() if context is not forward.unverified.context))
+            held = OPEN.set(tuple(context for context in OPEN.get() if context is not forward.unverified.context))
             self.open.remove(forward.unverified.context)
             try:
                 verify_rows(self.decoder, prefix, forward.unverified, output.last_hidden_state)
             finally:
                 self.open.append(forward.unverified.context)
-                _OPEN.reset(held)
+                OPEN.reset(held)
 
     def _end(self, forward: _Forward) -> None:
         _FORWARD.set(forward.before)
@@ -316,7 +326,7 @@ class PrefixHost:
             function = getattr(module, "_gradient_checkpointing_func", None)
             if module.gradient_checkpointing and function is not None:
                 module._gradient_checkpointing_func = self._carrying(function)
-        if torch.is_grad_enabled() and any(isinstance(prefix, SharedPrefix) for prefix in due):
+        if torch.is_grad_enabled() and any(prefix in self.open for prefix in due):
             for module in self.decoder.modules():  # as FSDP's checkpointing wraps them, at any time
                 if isinstance(module, CheckpointWrapper):
                     module.checkpoint_fn = self._carrying(module.checkpoint_fn)  # type: ignore[assignment]
@@ -382,165 +392,3 @@ def prefix_is_due(model: nn.Module) -> bool:
     """Whether a forward of `model` here and now would attend to a prefix: a cartridge, or an open `shared_prefix`."""
     host = get_decoder(model).__dict__.get(_HOST)
     return host is not None and host.is_due()
-
-
-class SharedPrefix:
-    """What `shared_prefix` gives: a context in which a model attends to a prefix. It can be entered once."""
-
-    def __init__(
-        self,
-        model: nn.Module,
-        prefix: KVPrefix | int,
-        attention: AttentionPath = "auto",
-        window: WindowReading = "windowed",
-        verify: bool = False,
-    ) -> None:
-        self.model = model
-        self.unverified = prefix if verify and isinstance(prefix, KVPrefix) else None
-        self.host = prefix_host(model, skip_unsupported=isinstance(prefix, int))
-        self.num_tokens = prefix if isinstance(prefix, int) else prefix.num_tokens
-        self._parts: list[LayerPrefix] = []
-        if isinstance(prefix, KVPrefix):
-            _check_prefix(prefix, self.host.layers)
-            for layer, key, value in zip(self.host.layers, prefix.keys, prefix.values, strict=True):
-                device = execution_device(layer.module)
-                self._parts.append(LayerPrefix(key.to(device), value.to(device), attention, window))
-        self._state = "new"
-        self._opener: FrameType | None = None
-        self._home: tuple[int, Any] = (0, None)
-        self.threads: set[int] = set()
-        self._warned = False
-
-    def __enter__(self) -> nn.Module:
-        if self._state != "new":
-            raise RuntimeError(
-                f"This `shared_prefix(…)` context is {self._state}: call `shared_prefix` again for another."
-            )
-        # The one of now: a model whose cartridge was taken off since is prepared anew.
-        self.host = prefix_host(self.model, skip_unsupported=not self._parts)
-        self._state = "open"
-        self._opener, self._home = generator_that_opens(), thread_and_task()
-        self.threads = set(sys._current_frames())  # that were there before
-        self.host.open.append(self)
-        self.host.count_context(1)
-        _OPEN.set((*(context for context in _OPEN.get() if context._state == "open"), self))
-        return self.model
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None = None,
-        error: BaseException | None = None,
-        trace: TracebackType | None = None,
-    ) -> None:
-        if self._state != "open":
-            return
-        self._state, self._opener, self._home = "closed", None, (0, None)
-        self.host.open.remove(self)
-        self.host.count_context(-1)
-        _OPEN.set(tuple(context for context in _OPEN.get() if context is not self))
-
-    def holds_here(self) -> bool:
-        """Whether the code that runs now is inside: a context that a generator opened holds while that one runs, in
-        whatever thread it is asked for its next item.
-
-        Raises:
-            RuntimeError: a thread or task got the context of a generator, or of its caller, which look the same.
-        """
-        told = any(context is self for context in _OPEN.get())
-        if self._opener is None:
-            return told
-        if any(frame is self._opener for frame in frames()):
-            return True
-        if told and self._home != thread_and_task():
-            raise RuntimeError(
-                "`shared_prefix` was opened by a generator, and the model runs in another thread or task, which cannot "
-                "tell whether the generator or its caller started it. Open `shared_prefix` in the function that the "
-                "thread or task runs; without a prefix, run it in a `contextvars.Context()` of its own."
-            )
-        return False
-
-    def warn_of_suspension(self) -> None:
-        if self._opener is None or self._warned:
-            return
-        self._warned = True
-        warnings.warn(
-            f"A model runs without the prefix that the generator `{self._opener.f_code.co_name}` opened: it holds inside of "
-            "the generator alone. If it is for the generator's caller, make it a context manager "
-            "(`contextlib.contextmanager`).",
-            RuntimeWarning,
-            stacklevel=2,
-        )
-
-    def parts(self, layer: int, module: nn.Module, query: Tensor) -> Sequence[LayerPrefix]:
-        if not self._parts:
-            return ()
-        part = self._parts[layer]
-        key, value = (tensor.to(query.device, query.dtype) for tensor in (part.key, part.value))
-        if self.host.layers[layer].expands:
-            key, value = expand_tokens(module, key, value)
-        return (LayerPrefix(key, value, part.path, part.window),)
-
-
-def shared_prefix(
-    model: nn.Module,
-    prefix: KVPrefix,
-    *,
-    attention: AttentionPath = "auto",
-    sliding_window: WindowReading = "windowed",
-    verify: bool = False,
-) -> SharedPrefix:
-    """Makes every row of every batch attend to `prefix`, in `forward` and `generate`, without copying it per row.
-
-    The result is that of passing the prefix as `past_key_values` to every row (`KVPrefix.to_cache`), with positions
-    and padding taken care of: positions come from `position_ids`, or from attention mask and cache. Contexts nest, in
-    any order of closing: each adds its prefix, and inside an active cartridge they add to the cartridge.
-
-    It holds for the code inside the `with`, and for no other: threads and async tasks each have their own, and a
-    generator's is not its caller's. A thread that is started inside has to be told:
-    `Thread(target=contextvars.copy_context().run, args=(model.generate,), kwargs=…)`.
-
-    Args:
-        model: A transformers causal LM, or a PEFT model around one.
-        prefix: Keys and values made by the same model; see `KVPrefix.from_text`.
-        attention: `auto` (fast), `merged` or `concatenated` (the plain reference, for debugging).
-        sliding_window: In sliding-window layers, whether prefix tokens leave the window as any token does (`windowed`,
-            as `past_key_values` would) or stay in sight (`pinned`).
-        verify: Whether the first forward is computed once more with the prefix as `past_key_values` of every row, and the
-            final hidden states are held against those.
-
-    ```python
-    prefix = KVPrefix.from_text(model, tokenizer, document)
-    with shared_prefix(model, prefix):
-        model.generate(**tokenizer(questions, padding=True, return_tensors="pt"))
-    ```
-
-    Raises:
-        ValueError: `prefix` was made by a model of another shape.
-        UnsupportedModelError: the model has layers that cannot hold a prefix.
-            In a forward, with `verify`: the results differ.
-        RuntimeError: in a forward, if a layer did not attend to the prefix.
-    """
-    if verify and sliding_window != "windowed":
-        raise ValueError('`verify=True` compares with `past_key_values`, which only the reading "windowed" is like.')
-    return SharedPrefix(model, prefix, attention, sliding_window, verify)
-
-
-def positions_from(model: nn.Module, position: int) -> SharedPrefix:
-    """A context in which the model's first token stands at `position`, with nothing in front of it."""
-    return SharedPrefix(model, position)
-
-
-def _check_prefix(prefix: KVPrefix, layers: Sequence[AttentionLayer]) -> None:
-    have = [(key.shape[0], key.shape[2], value.shape[2]) for key, value in zip(prefix.keys, prefix.values, strict=True)]
-    want = [layer.shape for layer in layers]
-    if have == want:
-        return
-    if len(have) != len(want):
-        difference = f"{len(have)} layers, the model {len(want)}"
-    else:
-        index = next(i for i, pair in enumerate(zip(have, want, strict=True)) if pair[0] != pair[1])
-        difference = (
-            f"(num_key_value_heads, key_dim, value_dim) = {have[index]} in layer {index}, "
-            f"`{layers[index].name}` {want[index]}"
-        )
-    raise ValueError(f"`prefix` was made by another model: it has {difference}.")

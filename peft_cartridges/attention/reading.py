@@ -13,7 +13,8 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from ..kv_prefix import KVPrefix, evaluating
-from .delivery import positions_from, prefix_is_due
+from .contexts import positions_from
+from .delivery import prefix_is_due
 from .probe import base_model, execution_device, find_attention_layers, get_text_config
 
 # Rotary embeddings whose angles are the same however long the text is, so that it can be read in pieces.

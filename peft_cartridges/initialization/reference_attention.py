@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..attention.delivery import shared_prefix
+from ..attention.contexts import shared_prefix
 from ..attention.interface import AttentionCall, observed_attention
 from ..attention.plain_attention import Part, Scoring, attend_plainly
 from ..attention.probe import AttentionLayer, base_model, execution_device, find_attention_layers, get_decoder
