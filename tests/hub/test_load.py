@@ -159,7 +159,7 @@ def test_a_base_model_that_is_not_to_be_had_is_one_line(hub: LocalHub, tmp_path:
             load_cartridge(folder)
         assert "\n" not in str(caught.value)
     with pytest.raises(ValueError, match="`trust_remote_code` is not for here"):
-        load_cartridge(folder, trust_remote_code=True)  # noqa: house - that it is refused
+        load_cartridge(folder, trust_remote_code=True)  # house-ok: that it is refused
     edit_config(folder, base_model_name_or_path="org/code")
     with pytest.raises(HubError, match=r"'org/code' could not be loaded: .*`unheard_of`"):
         load_cartridge(folder)

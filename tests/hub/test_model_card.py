@@ -55,7 +55,7 @@ FACTS = CardFacts(
     question="Who keeps the light?",
 )  # fmt: skip
 
-PRIVATE = re.compile(r"hf_\w+|/home/|/tmp/")  # noqa: house - what no card may hold
+PRIVATE = re.compile(r"hf_\w+|/home/|/tmp/")  # house-ok: what no card may hold
 
 
 def test_the_metadata_is_what_the_hub_indexes() -> None:
