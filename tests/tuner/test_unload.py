@@ -124,9 +124,8 @@ def test_a_copy_of_the_copy_by_pickle() -> None:
     buffer = io.BytesIO()
     torch.save(peft_model, buffer)
     buffer.seek(0)
-    assert_close(
-        _logits(torch.load(buffer, weights_only=False)), expected, 1e-6
-    )  # house-ok: (what the test itself wrote)
+    twin = torch.load(buffer, weights_only=False)  # house-ok: what the test itself wrote
+    assert_close(_logits(twin), expected, 1e-6)
 
 
 @pytest.mark.supports("Coming and going", "state dicts", on="{name}")
