@@ -324,9 +324,13 @@ def _read_questions(path: str | None) -> list[dict[str, str]] | None:
 
 
 def _load_tokenizer(model: ModelArguments) -> Any:
-    return AutoTokenizer.from_pretrained(
-        model.model, revision=model.model_revision, trust_remote_code=model.trust_remote_code
-    )
+    try:
+        return AutoTokenizer.from_pretrained(
+            model.model, revision=model.model_revision, trust_remote_code=model.trust_remote_code
+        )
+    except OSError as error:
+        reason = " ".join(str(error).split())
+        raise OSError(f"--model: the tokenizer of {model.model!r} could not be loaded ({reason})") from error
 
 
 def _last_checkpoint(folder: str, num_tokens: int) -> str | None:

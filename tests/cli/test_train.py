@@ -100,6 +100,7 @@ def test_yaml_and_the_command_line_share_their_options(folder: Path) -> None:
         (["--loss-type", "kl"], "`loss_type` must be one of forward_kl"),
         (["--load-in-4bit", "--load-in-8bit"], "--load-in-4bit and --load-in-8bit do not go together"),
         (["--gold-questions", "missing.jsonl"], "missing.jsonl"),
+        (["--model", "no/such-model"], "--model: the tokenizer of 'no/such-model' could not be loaded"),
         (["--tokens", "3"], "--tokens"),
         (["--steps", "2", "--num-tokens", "400", *SYNTHESIS], "fewer than `num_tokens=400`"),
         (["--num-tokens", "9999", *SYNTHESIS], "the model has 512 positions"),
