@@ -3,13 +3,14 @@
     python -m benchmarks.train_step --num-tokens 512 2048 --batch-size 8 --length 128 --dtype bfloat16
 
 Both do the same work: `batch-size` rows of `length` tokens, the KL to a stored teacher over the whole vocabulary at the
-second half of each row's tokens, the gradient of every key and value but the first token's, and an Adam step. Time is
-the median of some steps after a warm-up; memory is the peak above the loaded model with its adapter. With another
+second half of each row's tokens, the gradient of every key and value but the first token's, and an Adam step. With `--labels`
+the loss is the model's own, `model(input_ids=…, labels=…)`, at all tokens. Time is the median of some steps after a warm-up; memory is the peak above the loaded model with its adapter. With another
 `--dtype` than float32, stock PEFT is measured in float32 too.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import peft
@@ -41,6 +42,8 @@ def ours(settings: Settings) -> dict[str, Any]:
     head = OutputHead(model)
     objective = Objective(head, chunk_size=128)
     input_ids, learned, teacher = _batch(model, settings)
+    if settings["labels"]:
+        return _measure(model, settings, _own_loss(model, input_ids))
     labels = torch.nn.functional.pad(learned.long() - 1, (1, 0), value=-1)  # 0 where a token is learned
     batch = {"labels": torch.where(labels == 0, 0, -100), "teacher_hidden_states": teacher}
 
@@ -54,6 +57,8 @@ def stock_peft(settings: Settings) -> dict[str, Any]:
     config = peft.CartridgeConfig(num_virtual_tokens=settings["num_tokens"], task_type="CAUSAL_LM")
     model = get_peft_model(load_model(settings), config)
     input_ids, learned, teacher = _batch(model, settings)
+    if settings["labels"]:
+        return _measure(model, settings, _own_loss(model, input_ids))
     output_embeddings = model.get_base_model().get_output_embeddings()
 
     def loss() -> torch.Tensor:
@@ -83,6 +88,11 @@ def _batch(model: torch.nn.Module, settings: Settings) -> tuple[torch.Tensor, to
     return input_ids, learned, torch.randn(int(learned.sum()), hidden_size, dtype=dtype, device=device)
 
 
+def _own_loss(model: torch.nn.Module, input_ids: torch.Tensor) -> Callable[[], torch.Tensor]:
+    mask = torch.ones_like(input_ids)
+    return lambda: model(input_ids=input_ids, attention_mask=mask, labels=input_ids).loss
+
+
 def _measure(model: torch.nn.Module, settings: Settings, loss: Any) -> dict[str, Any]:
     model.train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3, weight_decay=0.0)
@@ -104,6 +114,7 @@ def main() -> None:
     parser.add_argument("--num-tokens", type=int, nargs="+", default=[256, 512, 1024, 2048, 4096, 8192])
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--length", type=int, default=128)
+    parser.add_argument("--labels", action="store_true", help="the model's own loss at all tokens")
     parser.add_argument("--steps", type=int, default=5)
     args = parser.parse_args()
     if serve_worker(args, WORKERS):

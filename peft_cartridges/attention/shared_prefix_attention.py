@@ -9,7 +9,6 @@ with the merged output and log-sum-exp, which is exact.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -31,19 +30,17 @@ _GPU_BLOCKS, _BLOCK_KEYS = 264, 128
 
 @dataclass(frozen=True)
 class PrefixPart:
-    """A prefix in one attention layer, and who sees it.
+    """A prefix in one attention layer that all rows of a batch share.
 
     Args:
         key: `[num_key_value_heads, num_tokens, key_dim]`.
         value: `[num_key_value_heads, num_tokens, value_dim]`.
-        mask: Additive, `[rows, q_len, num_tokens]`; `None` where every query sees every token.
-        rows: Indices `[rows]` of the batch rows that see this prefix; `None` means all.
+        mask: Additive, `[batch, q_len, num_tokens]`; `None` where every query sees every token.
     """
 
     key: Tensor
     value: Tensor
     mask: Tensor | None = None
-    rows: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -194,8 +191,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         d_part, *d_prefix = function(prefix, query, prefix_key, prefix_value, whole, grad, output, lse, wanted)
         d_tensors.extend(d_prefix)
         if d_query is not None and d_part is not None:
-            rows = prefix.rows if isinstance(prefix, PrefixPart) else None
-            d_query = d_query.add_(d_part) if rows is None else d_query.index_add_(0, rows, d_part.to(d_query.dtype))
+            d_query = d_query.add_(d_part)
     d_sinks = None
     if sinks is not None and ctx.needs_input_grad[3]:
         products = (sinks - lse).exp() * (grad * output).sum(-1)
@@ -211,21 +207,15 @@ def _rounded(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return None if tensor is None else tensor.to(dtype)
 
 
-# -- a prefix of many rows: one copy of keys and values, the whole batch as its queries ------------------------------
+# -- a prefix of all rows: one copy of keys and values, the whole batch as its queries ------------------------------
 
 
 def _attend_shared(
     prefix: PrefixPart, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring
 ) -> tuple[Tensor, Tensor]:
-    if prefix.rows is None:
-        folding = _Folding(query, key.shape[0], 1)
-        output, lse = attend(folding.part(query, key, value, prefix.mask, scoring))
-        return folding.undo(output), folding.undo(lse)
-    everyone = dataclasses.replace(prefix, rows=None)
-    output, lse = _attend_shared(everyone, query.index_select(0, prefix.rows), key, value, scoring)
-    nothing = lse.new_full(query.shape[:3], float("-inf"))
-    output = output.new_zeros(len(query), *output.shape[1:]).index_copy_(0, prefix.rows, output)
-    return output, nothing.index_copy_(0, prefix.rows, lse)
+    folding = _Folding(query, key.shape[0], 1)
+    output, lse = attend(folding.part(query, key, value, prefix.mask, scoring))
+    return folding.undo(output), folding.undo(lse)
 
 
 def _attend_shared_backward(
@@ -239,8 +229,6 @@ def _attend_shared_backward(
     lse: Tensor,
     wanted: Wanted,
 ) -> Gradients:
-    if prefix.rows is not None:
-        query, grad, output, lse = (tensor.index_select(0, prefix.rows) for tensor in (query, grad, output, lse))
     folding = _Folding(query, key.shape[0], _pseudo_batches(query, key))
     part = folding.part(query, key, value, prefix.mask, scoring)
     saved = (folding.do(output), folding.do(lse))
@@ -414,12 +402,7 @@ def concatenated_attention(
         num_tokens = part.key.shape[1]
         key_parts.append(part.key.expand(batch, *part.key.shape))
         value_parts.append(part.value.expand(batch, *part.value.shape))
-        seen = query.new_zeros(batch, q_len, num_tokens)
-        if part.rows is not None:
-            seen = seen.fill_(hidden).index_fill_(0, part.rows, 0.0)
-        if part.mask is not None:
-            rows = slice(None) if part.rows is None else part.rows
-            seen[rows] = part.mask.to(seen.dtype)
+        seen = query.new_zeros(batch, q_len, num_tokens) if part.mask is None else part.mask.to(query.dtype)
         masks.append(seen[:, None])
     own = query.new_zeros(batch, 1, q_len, key.shape[2]) if mask is None else mask.expand(batch, -1, q_len, -1)
     if scoring.causal:

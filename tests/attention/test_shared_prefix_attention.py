@@ -36,7 +36,6 @@ class Case:
     key_dim: int
     value_dim: int
     prefix_lengths: tuple[int, ...]
-    row_subsets: bool
     prefix_masks: bool
     mask: str | None
     softcap: float | None
@@ -63,7 +62,6 @@ def cases(draw: st.DrawFn) -> Case:
         key_dim=key_dim,
         value_dim=draw(st.sampled_from([key_dim, 3])),
         prefix_lengths=tuple(draw(st.lists(st.integers(1, 5), min_size=1, max_size=3))),
-        row_subsets=draw(st.booleans()),
         prefix_masks=draw(st.booleans()),
         mask=mask,
         softcap=draw(st.sampled_from([None, 2.0])),
@@ -93,14 +91,11 @@ def _tensors(case: Case) -> tuple[dict[str, Tensor], list[PrefixPart], Tensor | 
     for index, length in enumerate(case.prefix_lengths):
         key = leaves[f"prefix key {index}"] = random(case.kv_heads, length, case.key_dim)
         value = leaves[f"prefix value {index}"] = random(case.kv_heads, length, case.value_dim)
-        rows = None
-        if case.row_subsets:
-            rows = torch.randperm(case.batch, generator=generator)[: max(1, case.batch - index)]
         mask = None
         if case.prefix_masks:
-            seen = torch.rand(case.batch if rows is None else len(rows), case.q_len, length, generator=generator) > 0.4
+            seen = torch.rand(case.batch, case.q_len, length, generator=generator) > 0.4
             mask = torch.zeros(seen.shape, dtype=case.dtype).masked_fill(~seen, hidden)
-        parts.append(PrefixPart(key, value, mask, rows))
+        parts.append(PrefixPart(key, value, mask))
     shape = {"padding": (case.batch, 1), "per head": (case.batch, heads), "hides everything": (1, 1)}.get(
         case.mask or ""
     )
@@ -148,11 +143,7 @@ def _sees_nothing(case: Case) -> Tensor:
     hidden = torch.finfo(case.dtype).min
     nothing = torch.full((case.batch, case.q_len), mask is not None and case.mask == "hides everything")
     for part in parts:
-        rows = torch.arange(case.batch) if part.rows is None else part.rows
-        sees = torch.ones(len(rows), case.q_len, dtype=torch.bool)
-        if part.mask is not None:
-            sees = (part.mask > hidden).any(-1)
-        nothing[rows] &= ~sees
+        nothing &= False if part.mask is None else ~(part.mask > hidden).any(-1)
     return nothing
 
 
@@ -161,14 +152,14 @@ def _defined(case: Case, output: Tensor) -> Tensor:
 
 
 def test_gradcheck_in_float64() -> None:
-    case = Case(2, 2, 2, 3, 3, 4, 4, (3, 2), True, True, "causal", 2.0, True, torch.float64, 0)
+    case = Case(2, 2, 2, 3, 3, 4, 4, (3, 2), True, "causal", 2.0, True, torch.float64, 0)
     leaves, parts, mask, _ = _tensors(case)
     names = list(leaves)
 
     def function(*tensors: Tensor) -> Tensor:
         given_leaves = dict(zip(names, tensors, strict=True))
         given_parts = [
-            PrefixPart(given_leaves[f"prefix key {i}"], given_leaves[f"prefix value {i}"], part.mask, part.rows)
+            PrefixPart(given_leaves[f"prefix key {i}"], given_leaves[f"prefix value {i}"], part.mask)
             for i, part in enumerate(parts)
         ]
         return shared_prefix_attention(
@@ -179,19 +170,8 @@ def test_gradcheck_in_float64() -> None:
     assert torch.autograd.gradcheck(function, tuple(leaves.values()))
 
 
-def test_rows_without_a_prefix_attend_to_their_own_tokens_only() -> None:
-    case = Case(3, 2, 2, 4, 4, 8, 8, (5,), False, False, "causal", None, False, torch.float64, 0)
-    leaves, (part,), _, _ = _tensors(case)
-    query, key, value = leaves["query"], leaves["key"], leaves["value"]
-    part = PrefixPart(part.key, part.value, None, torch.tensor([2, 0]))
-    output = shared_prefix_attention(query, key, value, [part], scoring=case.scoring)
-    plain = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
-    torch.testing.assert_close(output[1], plain[1], atol=1e-9, rtol=1e-9)
-    assert (output[0] - plain[0]).abs().max() > 1e-2
-
-
 def test_no_copy_of_the_prefix_per_row_is_stored_for_the_backward() -> None:
-    case = Case(16, 2, 2, 4, 4, 8, 8, (64,), False, False, "causal", None, False, torch.float32, 0)
+    case = Case(16, 2, 2, 4, 4, 8, 8, (64,), False, "causal", None, False, torch.float32, 0)
     leaves, parts, _, _ = _tensors(case)
     stored: list[int] = []
 
@@ -261,15 +241,15 @@ def test_rows_with_prefixes_of_their_own(case: RowCase, trains: bool) -> None:
     scoring = Scoring(0.5, case.softcap)
     by_row = [RowPrefixes(prefix_key, prefix_value, lengths, index, mask)]
     output = shared_prefix_attention(query, key, value, by_row, sinks=sinks, scoring=scoring)
-    # The same by one shared part for each row: what no row-wise code has touched.
+    # The same by one shared part for each row, hidden from the others: what no row-wise code has touched.
     parts = []
     for row in range(case.batch):
         number = row if index is None else int(index[row])
         length = 7 if lengths is None else int(lengths[number])
         if number >= 0 and length > 0:
-            part_mask = None if mask is None else mask[row : row + 1, :, :length]
-            tensors = prefix_key[number, :, :length], prefix_value[number, :, :length]
-            parts.append(PrefixPart(*tensors, part_mask, torch.tensor([row])))
+            hidden = torch.full((case.batch, case.q_len, length), torch.finfo(case.dtype).min, dtype=case.dtype)
+            hidden[row] = 0.0 if mask is None else mask[row, :, :length]
+            parts.append(PrefixPart(prefix_key[number, :, :length], prefix_value[number, :, :length], hidden))
     leaves = [query, key, value, prefix_key, prefix_value] + ([] if sinks is None else [sinks])
     tolerance = TOLERANCE[case.dtype]
     gradient = torch.randn(output.shape, generator=generator).to(case.dtype)
@@ -331,7 +311,7 @@ def test_only_what_is_asked_for_is_computed(monkeypatch: pytest.MonkeyPatch, tra
 
     monkeypatch.setattr("peft_cartridges.attention.shared_prefix_attention.attend_backward", attend_backward)
     monkeypatch.setattr(cpu_products, "_pays", lambda: products)
-    case = Case(2, 2, 2, 20, 20, 8, 8, (1000,), False, False, "causal", None, False, torch.bfloat16, 0)
+    case = Case(2, 2, 2, 20, 20, 8, 8, (1000,), False, "causal", None, False, torch.bfloat16, 0)
     leaves, parts, _, gradient = _tensors(case)
     output = shared_prefix_attention(leaves["query"], leaves["key"], leaves["value"], parts, scoring=case.scoring)
     everything = torch.autograd.grad(output, list(leaves.values()), gradient, retain_graph=True)
@@ -353,7 +333,7 @@ def test_only_what_is_asked_for_is_computed(monkeypatch: pytest.MonkeyPatch, tra
 
 @pytest.mark.parametrize("q_len", [1, 300])
 def test_the_math_kernel_goes_in_pieces(monkeypatch: pytest.MonkeyPatch, q_len: int) -> None:
-    case = Case(2, 2, 2, q_len, q_len, 4, 4, (9,), False, False, "causal", 2.0, False, torch.float64, 0)
+    case = Case(2, 2, 2, q_len, q_len, 4, 4, (9,), False, "causal", 2.0, False, torch.float64, 0)
     expected = _run(case, concatenated_attention)
     monkeypatch.setattr("peft_cartridges.attention.plain_attention._SCORES", 256)
     output = _run(case, shared_prefix_attention)
