@@ -23,6 +23,7 @@ from ..conversations import load_self_study
 from ..corpus import Chunker, Document, load_corpus
 from ..hub.model_card import is_hub_name
 from ..self_study import EngineError, SynthesisConfig, estimate_run
+from ..self_study.engines import check_engines, make_engines
 from ..trainer import SelfStudyConfig, SelfStudyTrainer
 from ..tuner import CartridgeConfig
 
@@ -193,9 +194,10 @@ def run(args: argparse.Namespace) -> None:
     _report(args, documents, tokenizer)
     if data.estimate:
         return
-    trainer = _make_trainer(args, documents, questions, tokenizer)
     folder = trainer_args.output_dir
     try:
+        _check_servers(args, tokenizer)
+        trainer = _make_trainer(args, documents, questions, tokenizer)
         if trainer_args.max_steps != 0:
             last = _last_checkpoint(folder, model.num_tokens)
             if last is not None and trainer.is_world_process_zero():
@@ -227,6 +229,19 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError("--load-in-4bit and --load-in-8bit do not go together: choose one.")
     if args.model.num_tokens < 1:
         raise ValueError(f"--num-tokens must be at least 1, got {args.model.num_tokens}.")
+
+
+def _check_servers(args: argparse.Namespace, tokenizer: Any) -> None:
+    """Of a new run; one that is carried on may have all that it needs of them.
+
+    Raises:
+        EngineError: none can be reached.
+    """
+    trainer = args.trainer
+    is_new = not (args.data.conversations or Path(trainer.output_dir).exists() or trainer.max_steps == 0)
+    if trainer.engine == "openai" and is_new:
+        settings = SynthesisConfig.from_args(trainer, engine_model=trainer.engine_model or args.model.model)
+        check_engines(make_engines(settings, None, tokenizer))
 
 
 def _make_trainer(

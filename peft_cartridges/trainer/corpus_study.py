@@ -54,7 +54,8 @@ class CorpusStudy:
         Raises:
             ValueError: as `SelfStudySynthesizer.check`.
         """
-        self._synthesizer(model, SynthesisConfig.from_args(self.args)).check(self.documents)
+        synthesizer = self._synthesizer(model, SynthesisConfig.from_args(self.args))
+        synthesizer.check(self.documents, self._folder_of(synthesizer))
 
     def write(self, model: PeftModel) -> Dataset | ConversationRounds:
         """The conversations, or rounds of them (`resample_every`).
@@ -71,7 +72,7 @@ class CorpusStudy:
         if self.args.resample_every:
             return self._rounds(model)
         synthesizer = self._synthesizer(model, SynthesisConfig.from_args(self.args))
-        folder = self._folder / synthesizer.address(self.documents)[:12]
+        folder = self._folder_of(synthesizer)
         dataset = synthesizer.synthesize(self.documents, output_dir=folder, corpus_name=self.name)
         self.identity = read_provenance(dataset)
         self._engines = None  # nothing is written any more
@@ -87,7 +88,7 @@ class CorpusStudy:
             recitation_share=0.0,
         )
         synthesizer = self._synthesizer(model, settings)
-        folder = self._folder / synthesizer.address(self.documents)[:12]
+        folder = self._folder_of(synthesizer)
         return synthesizer.synthesize(self.documents, output_dir=folder, corpus_name=self.name)
 
     def _synthesizer(self, model: PeftModel, settings: SynthesisConfig) -> SelfStudySynthesizer:
@@ -96,6 +97,9 @@ class CorpusStudy:
         if settings.engine != "transformers":  # that one is the model at hand, and holds the chunks that it has read
             self._engines = synthesizer.engines
         return synthesizer
+
+    def _folder_of(self, synthesizer: SelfStudySynthesizer) -> Path:
+        return self._folder / synthesizer.address(self.documents)[:12]
 
     @property
     def _folder(self) -> Path:

@@ -147,6 +147,21 @@ def test_a_folder_with_another_cartridge_is_not_carried_on(folder: Path, capsys:
     assert "holds a run with --num-tokens 8" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("command", ["train", "synthesize"])
+def test_a_server_that_is_not_there_is_one_line_and_nothing_is_left(
+    command: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("openai")
+    place = ["--model", str(folder / "model"), "--output-dir", str(folder / "out")]
+    server = ["--engine", "openai", "--base-url", "http://127.0.0.1:1/v1", "http://127.0.0.1:2/v1"]
+    assert main([command, str(folder / "corpus.md"), *place, *server, *SYNTHESIS]) == 1
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert line.startswith(
+        f"cartridges {command}: error: `base_url`: the server at http://127.0.0.1:1/v1 cannot be reached"
+    )
+    assert not (folder / "out").exists()
+
+
 def test_help_teaches_and_hides_the_many() -> None:
     short, long = make_parser().format_help(), make_parser(show_all=True).format_help()
     assert "cartridges train handbook.md" in short and "--num-tokens" in short and "--num_tokens" not in short
