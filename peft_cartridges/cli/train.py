@@ -18,13 +18,14 @@ from transformers import AutoConfig, AutoTokenizer, EarlyStoppingCallback
 from transformers.trainer_utils import get_last_checkpoint
 from trl import TrlParser
 
-from ..adapter_folder import read_config
+from ..adapter_folder import CONFIG_FILE, read_config
 from ..conversations import load_self_study
 from ..corpus import Chunker, Document, load_corpus
 from ..hub.model_card import is_hub_name
 from ..self_study import EngineError, SynthesisConfig, estimate_run
 from ..self_study.engines import check_engines, make_engines
 from ..trainer import SelfStudyConfig, SelfStudyTrainer
+from ..trainer.run_identity import RUN_FILE, check_run
 from ..tuner import CartridgeConfig
 
 _DESCRIPTION = """\
@@ -66,6 +67,7 @@ _SHOWN = frozenset(
         "report_to",
         "use_cpu",
         "initialization",
+        "initialization_kwargs",
     ]
 )
 
@@ -200,9 +202,13 @@ def run(args: argparse.Namespace) -> None:
         trainer = _make_trainer(args, documents, questions, tokenizer)
         if trainer_args.max_steps != 0:
             last = _last_checkpoint(folder, model.num_tokens)
+            if last is not None or Path(folder, CONFIG_FILE).exists():
+                check_run(trainer)
             if last is not None and trainer.is_world_process_zero():
                 _say(f"Carrying on at {last}")
             trainer.train(resume_from_checkpoint=last)
+            if last is not None and last.endswith(f"-{trainer.state.global_step}") and trainer.is_world_process_zero():
+                _say("The run was finished: more --steps carry it on, and another --output-dir begins anew.")
         if questions or trainer.eval_dataset:
             trainer.save_metrics("eval", trainer.evaluate())
         trainer.save_model()  # with its card, and, with --push-to-hub, on the Hub
@@ -227,6 +233,11 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError(f"--model: {args.model.model!r} is neither a folder nor a name on the Hub (`user/name`).")
     if args.model.load_in_4bit and args.model.load_in_8bit:
         raise ValueError("--load-in-4bit and --load-in-8bit do not go together: choose one.")
+    if args.trainer.max_steps == 0 and Path(args.trainer.output_dir, RUN_FILE).exists():
+        raise ValueError(
+            f"--steps 0 would put an untrained cartridge in the place of the one in {args.trainer.output_dir}: give "
+            "another --output-dir."
+        )
     if args.model.num_tokens < 1:
         raise ValueError(f"--num-tokens must be at least 1, got {args.model.num_tokens}.")
 

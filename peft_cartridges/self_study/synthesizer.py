@@ -200,10 +200,14 @@ class SelfStudySynthesizer:
     def address(self, corpus: Any) -> str:
         """What the set of a corpus is addressed by: 64 hexadecimal digits, of all that decides its content (corpus,
         model, chat template, recipe, `synthesis_seed`)."""
+        return self.identity(corpus)["address"]
+
+    def identity(self, corpus: Any) -> dict[str, Any]:
+        """What the set of a corpus is made from, with its address; see `make_identity`."""
         digest = CorpusDigest()
         for _ in digest.reading(iter_documents(corpus)):
             pass
-        return self._identity(digest.identity())["address"]
+        return self._identity(digest.identity())
 
     # -- what there is to do -----------------------------------------------------------------------------------------
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from peft_cartridges import load_cartridge
 from peft_cartridges.cli import main
@@ -145,6 +147,60 @@ def test_a_folder_with_another_cartridge_is_not_carried_on(folder: Path, capsys:
     assert _train(folder, *SYNTHESIS, "--save-steps", "2") == 0
     assert _train(folder, *SYNTHESIS, "--num-tokens", "7") == 1
     assert "holds a run with --num-tokens 8" in capsys.readouterr().err
+
+
+def test_a_folder_with_the_run_of_something_else_is_not_carried_on(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "other.md").write_text(TEXT.replace("captain", "keeper"))
+    written = ["synthesize", str(folder / "other.md"), "--model", str(folder / "model"), "--dtype", "float32"]
+    assert main([*written, "--output-dir", str(folder / "set"), *SYNTHESIS]) == 0
+    assert _train(folder, *SYNTHESIS) == 0
+    files = {path: path.read_bytes() for path in (folder / "out").rglob("*.safetensors")}
+    text = (folder / "corpus.md").read_text()
+
+    def refused(*options: str, corpus: bool = True) -> str:
+        assert _train(folder, *SYNTHESIS, *options, corpus=corpus) == 1
+        assert files == {path: path.read_bytes() for path in (folder / "out").rglob("*.safetensors")}
+        return capsys.readouterr().err.strip().splitlines()[-1]
+
+    for wiped in (False, True):  # without checkpoints there is still a cartridge
+        if wiped:
+            for path in (folder / "out").glob("checkpoint-*"):
+                shutil.rmtree(path)
+            files = {path: path.read_bytes() for path in (folder / "out").rglob("*.safetensors")}
+        (folder / "corpus.md").write_text((folder / "other.md").read_text())
+        line = refused()
+        assert "`output_dir` (" in line and "holds the run of another cartridge: corpus (" in line
+        assert "another `output_dir`" in line
+        (folder / "corpus.md").write_text(text)
+        assert "recitation_share (0.5 there, 0.25 now)" in refused("--recitation-share", "0.25")
+        assert "loss_type ('forward_kl' there, 'jsd' now)" in refused("--loss-type", "jsd")
+        assert "conversations (None there, " in refused("--conversations", str(folder / "set"), corpus=False)
+    assert "--steps 0 would put an untrained cartridge" in refused("--steps", "0")
+    tiny_model(seed=3).save_pretrained(folder / "model")
+    assert "model (" in refused()
+
+
+def test_more_steps_carry_a_run_on_and_a_finished_one_is_told(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert _train(folder, *SYNTHESIS) == 0
+    assert _train(folder, *SYNTHESIS, "--learning-rate", "0.01", "--num-conversations", "20") == 0
+    assert "The run was finished: more --steps carry it on" in capsys.readouterr().err
+    assert _train(folder, *SYNTHESIS, "--steps", "5") == 0
+    told = capsys.readouterr().err
+    assert "Carrying on at" in told and "was finished" not in told
+    facts = json.loads((folder / "out" / "cartridge.json").read_text())
+    assert facts["recipe"]["optimizer_steps"] == 5
+
+
+def test_a_cartridge_begins_with_another_one(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert _train(folder, "--steps", "0", "--initialization", "first_tokens", name="first") == 0
+    pretrained = ["--initialization", "pretrained", "--initialization-kwargs"]
+    assert _train(folder, "--steps", "0", *pretrained, json.dumps({"cartridge": str(folder / "first")})) == 0
+    first, out = (load_file(folder / name / "adapter_model.safetensors") for name in ("first", "out"))
+    assert all(torch.equal(first[name], out[name]) for name in first)
+    assert _train(folder, "--initialization", "pretrained", name="x") == 1
+    assert "The strategy `pretrained` needs the option `cartridge`" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", ["train", "synthesize"])
