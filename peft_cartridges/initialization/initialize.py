@@ -54,7 +54,7 @@ _STRATEGIES: dict[str, _Row] = {
     "auto": _Row(auto),
     "first_tokens": _Row(first_tokens),
     "most_attended": _Row(most_attended),
-    "pretrained": _Row(pretrained, needs_text=False),
+    "pretrained": _Row(cast(Any, pretrained), needs_text=False),
     "random_tokens": _Row(random_tokens, needs_text=False),
     "random_vectors": _Row(random_vectors, needs_text=False),
     "sampled_chunks": _Row(sampled_chunks),

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from peft_cartridges import load_cartridge
 from peft_cartridges.cli import main
-from peft_cartridges.cli.train import make_parser
+from peft_cartridges.cli.train import make_parser, suggest_num_tokens
 from tests.hub.conftest import hub  # noqa: F401 (a fixture)
 from tests.hub.local_hub import LocalHub
 from tests.tiny_models import tiny_model
@@ -59,6 +59,11 @@ def test_from_a_file_to_a_cartridge_that_answers(folder: Path, capsys: pytest.Ca
     told = capsys.readouterr().out
     for line in ("tokens:", "8, 1 of them frozen", "corpus.md, 360 tokens", "16 (", "optimizer_steps 4", "gold_nll:"):
         assert line in told
+    assert "MB in its file (float32)" in told
+    for quantization, shown in (("int8", "(int8)"), ("none", "(16-bit floats)")):
+        assert main(["quantize", str(out), "--to", quantization, "--output-dir", str(folder / quantization)]) == 0
+        assert main(["info", str(folder / quantization)]) == 0
+        assert f"MB in its file {shown}" in capsys.readouterr().out
     written = {path: path.stat().st_mtime_ns for path in (out / "_conversations").rglob("*.arrow")}
     assert written
     assert _train(folder, *SYNTHESIS, *gold, "--save-steps", "2") == 0  # nothing is left to do
@@ -77,6 +82,29 @@ def test_no_steps_only_initialize_the_cartridge(folder: Path) -> None:
     assert not (folder / "out" / "_conversations").exists() and (folder / "out" / "README.md").is_file()
     facts = json.loads((folder / "out" / "cartridge.json").read_text())
     assert facts["recipe"]["optimizer_steps"] == 0 and not facts.get("num_conversations")
+
+
+def test_without_a_length_it_is_a_tenth_of_the_text(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    place = ["--model", str(folder / "model"), "--use-cpu", "--steps", "0"]
+    assert main(["train", str(folder / "corpus.md"), *place, "--output-dir", str(folder / "out"), *SYNTHESIS]) == 0
+    said = capsys.readouterr().err
+    # 2 layers, keys and values, 2 heads of 8 numbers: 64 numbers a token, of 36 tokens and of 360.
+    assert "Cartridge: 36 tokens (--num-tokens; 18 is bold, 64 is safe), at most 0.01 MB in its file" in said
+    assert "0.00 MB in place of the text's 0.05 where it is served" in said
+    assert json.loads((folder / "out" / "adapter_config.json").read_text())["num_virtual_tokens"] == 36
+    written = ["synthesize", str(folder / "corpus.md"), "--model", str(folder / "model"), "--dtype", "float32"]
+    assert main([*written, "--output-dir", str(folder / "set"), *SYNTHESIS]) == 0
+    place += ["--output-dir", str(folder / "other")]
+    assert main(["train", "--conversations", str(folder / "set"), *place]) == 0
+    assert json.loads((folder / "other" / "adapter_config.json").read_text())["num_virtual_tokens"] == 36
+
+
+@pytest.mark.parametrize(
+    ("corpus", "shares"),
+    [(0, (512, 256, 1024)), (5, (1, 1, 1)), (700, (64, 35, 128)), (10_000, (992, 496, 2000)), (10**6, (8192,) * 3)],
+)
+def test_suggested_lengths(corpus: int, shares: tuple[int, ...]) -> None:
+    assert tuple(suggest_num_tokens(corpus, share) for share in (10, 20, 5)) == shares
 
 
 def test_an_estimate_loads_no_weights(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
