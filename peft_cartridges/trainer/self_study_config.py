@@ -28,12 +28,12 @@ class SelfStudyConfig(SynthesisConfig, _BaseConfig):
     """
 
     _argument_group_name = "training (of `TrainingArguments`) and synthesis"
-    _VALID_DICT_FIELDS = [
+    _VALID_DICT_FIELDS = [  # noqa: RUF012 (as in the base)
         *_BaseConfig._VALID_DICT_FIELDS,
         "model_init_kwargs",
         "engine_options",
         "initialization_kwargs",
-    ]  # noqa: RUF012 (as in the base)
+    ]
 
     # -- the model and its cartridge -----------------------------------------------------------------------------------
 
