@@ -160,7 +160,8 @@ class SelfStudyConfig(SynthesisConfig, _BaseConfig):
     vllm_mode: str = field(
         default="colocate",
         metadata={
-            "help": "`colocate`: vLLM in this process, on the same device (`engine=vllm`; `engine_options` go to it). "
+            "help": "`colocate`: vLLM in this process, on the same device (`engine=vllm`; `engine_options` go to it, such as "
+            '`{"gpu_memory_utilization": 0.3}`: it otherwise takes nearly all of a GPU). '
             "`server`: one that is running (`engine=openai`). The model in process scores in either case."
         },
     )

@@ -27,7 +27,14 @@ from .checkpoints import CheckpointWriter
 from .corpus_study import CorpusStudy, find_hub_datasets, text_of_contexts
 from .data_checks import check_data, is_corpus
 from .gap_evaluation import GapEvaluation
-from .model_preparation import add_cartridge, check_distribution, check_packing, is_sharded, load_base_model
+from .model_preparation import (
+    adapter_state,
+    add_cartridge,
+    check_distribution,
+    check_packing,
+    is_sharded,
+    load_base_model,
+)
 from .pushing import CartridgePusher, PushingTrainer, check_base_name
 from .run_card import write_run_card
 from .run_identity import check_run, keep_run
@@ -391,7 +398,7 @@ class SelfStudyTrainer(PushingTrainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         with self.average.applied():
-            super()._save(output_dir, state_dict)
+            super()._save(output_dir, state_dict or adapter_state(self.model))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
