@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import math
 from pathlib import Path
 
 from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
@@ -15,6 +16,7 @@ from ..hub.card_facts import FACTS_FILE, CardFacts
 from ..hub.model_card import is_hub_name
 from ..hub_errors import hub_errors
 from ..tuner import CartridgeConfig
+from ..tuner.file_format import expected_tensors
 
 _RECIPE = ("loss_type", "optimizer_steps", "learning_rate", "initialization", "per_device_train_batch_size")
 
@@ -40,7 +42,8 @@ def describe_cartridge(config: CartridgeConfig, facts: CardFacts, num_bytes: int
         facts.corpus_tokens and f"{facts.corpus_tokens:,} tokens",
         facts.corpus_tokens and config.num_tokens and f"{facts.corpus_tokens / config.num_tokens:.1f} times as long",
     ]
-    kind = f" ({config.quantization})" if config.quantization else ""
+    numbers = config.quantization or _kind_of_numbers(config, num_bytes)
+    kind = f" ({numbers})" if numbers else ""
     sizes = [
         num_bytes and f"{num_bytes / 1e6:,.2f} MB in its file{kind}",
         facts.kv_bytes and f"{facts.kv_bytes / 1e6:,.2f} MB of keys and values when it is served",
@@ -48,8 +51,9 @@ def describe_cartridge(config: CartridgeConfig, facts: CardFacts, num_bytes: int
     kinds = ", ".join(f"{name} {number:,}" for name, number in facts.seed_types.items())
     conversations = facts.num_conversations and f"{facts.num_conversations:,}" + (f" ({kinds})" if kinds else "")
     recipe = ", ".join(f"{name} {facts.recipe[name]}" for name in _RECIPE if name in facts.recipe)
+    base = facts.base_model or config.base_model_name_or_path
     found = [
-        ("base model", facts.base_model or config.base_model_name_or_path),
+        ("base model", "@".join(filter(None, (base, facts.base_model_revision and facts.base_model_revision[:12])))),
         ("tokens", f"{config.num_tokens or 0:,}{trained}"),
         ("size", ", ".join(str(size) for size in sizes if size)),
         ("corpus", ", ".join(str(part) for part in corpus if part)),
@@ -60,6 +64,12 @@ def describe_cartridge(config: CartridgeConfig, facts: CardFacts, num_bytes: int
         ("licence", facts.license),
     ]
     return [(label, str(value)) for label, value in found if value]
+
+
+def _kind_of_numbers(config: CartridgeConfig, num_bytes: int | None) -> str | None:
+    """By the size of the file, whose header is small beside its numbers."""
+    numbers = sum(math.prod(form.shape) for _, form in expected_tensors(config))
+    return {4: "float32", 2: "16-bit floats"}.get(num_bytes // numbers) if num_bytes and numbers else None
 
 
 def _measured(value: float, note: str | None) -> str:

@@ -18,12 +18,14 @@ from transformers import AutoConfig, AutoTokenizer, EarlyStoppingCallback
 from transformers.trainer_utils import get_last_checkpoint
 from trl import TrlParser
 
-from ..adapter_folder import read_config
-from ..conversations import load_self_study
+from ..adapter_folder import CONFIG_FILE, read_config
+from ..conversations import load_self_study, read_provenance
 from ..corpus import Chunker, Document, load_corpus
 from ..hub.model_card import is_hub_name
 from ..self_study import EngineError, SynthesisConfig, estimate_run
+from ..self_study.engines import check_engines, make_engines
 from ..trainer import SelfStudyConfig, SelfStudyTrainer
+from ..trainer.run_identity import RUN_FILE, check_run
 from ..tuner import CartridgeConfig
 
 _DESCRIPTION = """\
@@ -37,8 +39,9 @@ with a small KV cache in place of the text. The same command again carries on wh
   accelerate launch --num_processes 8 -m peft_cartridges train docs/ --model … --output-dir …
 """
 _EPILOG = """\
-What to turn first: --num-tokens (a twentieth of the text is a bold cartridge, a fifth a safe one), --num-conversations
-and --steps (more of both for longer texts), --learning-rate. `--help-all` lists every setting of the trainer.
+What to turn first: --num-tokens (a tenth of the text; a twentieth is a bold cartridge, a fifth a safe one),
+--num-conversations and --steps (more of both for longer texts), --learning-rate. `--help-all` lists every setting of
+the trainer.
 """
 # Settings of `SelfStudyConfig` in the short help; the others are in `--help-all`.
 _SHOWN = frozenset(
@@ -65,6 +68,7 @@ _SHOWN = frozenset(
         "report_to",
         "use_cpu",
         "initialization",
+        "initialization_kwargs",
     ]
 )
 
@@ -76,7 +80,10 @@ class ModelArguments:
     _argument_group_name = "model and cartridge"
 
     model: str = field(metadata={"help": "Base model: a name on the Hub, or a folder."})
-    num_tokens: int = field(default=512, metadata={"help": "Length of the cartridge in tokens."})
+    num_tokens: int | None = field(
+        default=None,
+        metadata={"help": "Length of the cartridge in tokens; by default a tenth of the corpus, at most 8,192."},
+    )
     num_frozen_tokens: int = field(
         default=1, metadata={"help": "First tokens that are not trained: an attention sink (paper: 1)."}
     )
@@ -190,17 +197,22 @@ def run(args: argparse.Namespace) -> None:
     documents = _read_corpus(args)
     questions = _read_questions(data.gold_questions)
     tokenizer = _load_tokenizer(model)
-    _report(args, documents, tokenizer)
+    _prepare(args, documents, tokenizer)
     if data.estimate:
         return
-    trainer = _make_trainer(args, documents, questions, tokenizer)
     folder = trainer_args.output_dir
     try:
+        _check_servers(args, tokenizer)
+        trainer = _make_trainer(args, documents, questions, tokenizer)
         if trainer_args.max_steps != 0:
             last = _last_checkpoint(folder, model.num_tokens)
+            if last is not None or Path(folder, CONFIG_FILE).exists():
+                check_run(trainer)
             if last is not None and trainer.is_world_process_zero():
                 _say(f"Carrying on at {last}")
             trainer.train(resume_from_checkpoint=last)
+            if last is not None and last.endswith(f"-{trainer.state.global_step}") and trainer.is_world_process_zero():
+                _say("The run was finished: more --steps carry it on, and another --output-dir begins anew.")
         if questions or trainer.eval_dataset:
             trainer.save_metrics("eval", trainer.evaluate())
         trainer.save_model()  # with its card, and, with --push-to-hub, on the Hub
@@ -225,8 +237,26 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError(f"--model: {args.model.model!r} is neither a folder nor a name on the Hub (`user/name`).")
     if args.model.load_in_4bit and args.model.load_in_8bit:
         raise ValueError("--load-in-4bit and --load-in-8bit do not go together: choose one.")
-    if args.model.num_tokens < 1:
+    if args.trainer.max_steps == 0 and Path(args.trainer.output_dir, RUN_FILE).exists():
+        raise ValueError(
+            f"--steps 0 would put an untrained cartridge in the place of the one in {args.trainer.output_dir}: give "
+            "another --output-dir."
+        )
+    if args.model.num_tokens is not None and args.model.num_tokens < 1:
         raise ValueError(f"--num-tokens must be at least 1, got {args.model.num_tokens}.")
+
+
+def _check_servers(args: argparse.Namespace, tokenizer: Any) -> None:
+    """Of a new run; one that is carried on may have all that it needs of them.
+
+    Raises:
+        EngineError: none can be reached.
+    """
+    trainer = args.trainer
+    is_new = not (args.data.conversations or Path(trainer.output_dir).exists() or trainer.max_steps == 0)
+    if trainer.engine == "openai" and is_new:
+        settings = SynthesisConfig.from_args(trainer, engine_model=trainer.engine_model or args.model.model)
+        check_engines(make_engines(settings, None, tokenizer))
 
 
 def _make_trainer(
@@ -264,31 +294,56 @@ def _make_trainer(
     )
 
 
-def _report(args: argparse.Namespace, documents: list[Document], tokenizer: Any) -> None:
-    """What the run will take, before it begins."""
-    if args.trainer.process_index:
-        return
+def _prepare(args: argparse.Namespace, documents: list[Document], tokenizer: Any) -> None:
+    """Chooses the cartridge's length, if nobody has, and says what the run will take, before it begins."""
     model, settings = args.model, SynthesisConfig.from_args(args.trainer)
-    config = AutoConfig.from_pretrained(
-        model.model, revision=model.model_revision, trust_remote_code=model.trust_remote_code
-    ).get_text_config(decoder=True)
+    lengths: dict[str, int] = {}
     if documents:
-        chunker = Chunker(
+        lengths = Chunker(
             documents,
             tokenizer,
             min_tokens=settings.min_chunk_tokens,
             max_tokens=settings.max_chunk_tokens,
             mode=settings.chunking,
-        )
-        tokens = sum(chunker.lengths.values())
+        ).lengths
+    tokens = sum(lengths.values()) if documents else _tokens_behind(args.data.conversations)
+    suggested = ""
+    if model.num_tokens is None:
+        model.num_tokens, smaller, larger = (suggest_num_tokens(tokens, share) for share in (10, 20, 5))
+        suggested = f" (--num-tokens; {smaller:,} is bold, {larger:,} is safe)" if tokens else " (--num-tokens)"
+    if args.trainer.process_index:
+        return
+    config = AutoConfig.from_pretrained(
+        model.model, revision=model.model_revision, trust_remote_code=model.trust_remote_code
+    ).get_text_config(decoder=True)
+    if documents:
         plural = "" if len(documents) == 1 else "s"
         _say(f"Corpus: {len(documents):,} document{plural}, {tokens:,} tokens")
         if not args.data.conversations:
-            _say(f"To write: {estimate_run(settings, chunker.lengths, hidden_size=config.hidden_size)}")
+            _say(f"To write: {estimate_run(settings, lengths, hidden_size=config.hidden_size)}")
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    numbers = model.num_tokens * config.num_hidden_layers * 2 * heads * width
-    _say(f"Cartridge: {model.num_tokens:,} tokens, at most {4 * numbers / 1e6:,.2f} MB in its file (float32)")
+    each = config.num_hidden_layers * 2 * heads * width
+    served = f"{2 * model.num_tokens * each / 1e6:,.2f} MB" + (
+        f" in place of the text's {2 * tokens * each / 1e6:,.2f}" if tokens else ""
+    )
+    _say(
+        f"Cartridge: {model.num_tokens:,} tokens{suggested}, at most {4 * model.num_tokens * each / 1e6:,.2f} MB in its "
+        f"file (float32) and {served} where it is served (bfloat16)"
+    )
+
+
+def suggest_num_tokens(corpus_tokens: int, share: int = 10) -> int:
+    """A cartridge's length: 1 / `share` of its corpus, in steps of 16 above 64, and at most the paper's longest; 512
+    where the corpus is not known (0)."""
+    wanted = corpus_tokens // share if corpus_tokens else 5120 // share
+    return max(1, min(wanted if wanted < 64 else wanted // 16 * 16, 8192))
+
+
+def _tokens_behind(conversations: str) -> int:
+    """Length of the corpus that conversations were written about; 0 if they do not tell."""
+    coverage = read_provenance(load_self_study(conversations)).get("report", {}).get("coverage", {})
+    return sum(found["num_tokens"] for found in coverage.values())
 
 
 def _read_corpus(args: argparse.Namespace) -> list[Document]:

@@ -1,5 +1,19 @@
 """Initial keys and values of a cartridge: one file per strategy, one table of them in `initialize.py`."""
 
-from .initialize import InitializationStrategy, initialize_cartridge, list_strategies, register_strategy
+from .initialize import (
+    InitializationStrategy,
+    check_options,
+    initialize_cartridge,
+    list_strategies,
+    needs_text,
+    register_strategy,
+)
 
-__all__ = ["InitializationStrategy", "initialize_cartridge", "list_strategies", "register_strategy"]
+__all__ = [
+    "InitializationStrategy",
+    "check_options",
+    "initialize_cartridge",
+    "list_strategies",
+    "needs_text",
+    "register_strategy",
+]

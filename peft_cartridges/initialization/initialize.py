@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
@@ -53,7 +54,7 @@ _STRATEGIES: dict[str, _Row] = {
     "auto": _Row(auto),
     "first_tokens": _Row(first_tokens),
     "most_attended": _Row(most_attended),
-    "pretrained": _Row(pretrained, needs_text=False),
+    "pretrained": _Row(cast(Any, pretrained), needs_text=False),
     "random_tokens": _Row(random_tokens, needs_text=False),
     "random_vectors": _Row(random_vectors, needs_text=False),
     "sampled_chunks": _Row(sampled_chunks),
@@ -136,7 +137,7 @@ def initialize_cartridge(
     if prefix is None:
         if processing_class is None and text is not None:
             raise ValueError("`processing_class` is missing: pass the tokenizer of the base model with `text`.")
-        _check_options(strategy, row.make, options)
+        check_options(strategy, options)
         with model.disable_adapter():
             prefix = row.make(
                 model.get_base_model(),
@@ -152,10 +153,23 @@ def initialize_cartridge(
     return prefix
 
 
-def _check_options(name: str, make: InitializationStrategy, options: dict[str, Any]) -> None:
-    parameters = inspect.signature(make).parameters.values()
+def needs_text(name: str) -> bool:
+    """Whether a strategy makes something of a text."""
+    return _STRATEGIES[name].needs_text
+
+
+def check_options(name: str, options: Mapping[str, Any]) -> None:
+    """Whether a strategy can be called with these options.
+
+    Raises:
+        ValueError: it has no such option, or another must be given.
+    """
+    parameters = inspect.signature(_STRATEGIES[name].make).parameters.values()
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
         return
-    known = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in _GIVEN]
+    known = {p.name: p for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in _GIVEN}
     if unknown := sorted(set(options) - set(known)):
         raise ValueError(f"The strategy `{name}` has no option `{unknown[0]}`; it has: {', '.join(known) or 'none'}.")
+    for option, parameter in known.items():
+        if parameter.default is parameter.empty and option not in options:
+            raise ValueError(f"The strategy `{name}` needs the option `{option}`.")

@@ -19,7 +19,7 @@ def pretrained(
     *,
     num_tokens: int,
     chat_template: bool,
-    cartridge: KVPrefix | str | Path | None = None,
+    cartridge: KVPrefix | str | Path,
 ) -> KVPrefix:
     """The keys and values of another cartridge of the same base model and length: of an earlier version of the text, say,
     or of one like it (arXiv 2508.17032 finds that keys carry over between texts). `text` is not looked at.
@@ -29,10 +29,8 @@ def pretrained(
 
     Raises:
         FileNotFoundError: there is no such folder, or no cartridge in it.
-        ValueError: `cartridge` is missing, damaged, or has another number of tokens.
+        ValueError: `cartridge` is damaged, or has another number of tokens.
     """
-    if cartridge is None:
-        raise ValueError("The strategy `pretrained` needs `cartridge`: a folder, a name on the Hub, or a `KVPrefix`.")
     prefix = cartridge if isinstance(cartridge, KVPrefix) else read_cartridge(_folder_of(str(cartridge)))[1]
     if prefix.num_tokens != num_tokens:
         raise ValueError(

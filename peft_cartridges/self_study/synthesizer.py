@@ -28,7 +28,7 @@ from ..corpus import Chunk, Chunker, iter_documents
 from ..model_identity import model_fingerprint, tokenizer_fingerprint
 from .dialogue import SeedPrompts
 from .dispatch import Dispatcher, Job
-from .engines import Engine, TransformersEngine, make_engines
+from .engines import Engine, TransformersEngine, check_engines, make_engines
 from .part_study import PartStudy
 from .processes import Processes
 from .progress import Progress
@@ -133,13 +133,14 @@ class SelfStudySynthesizer:
         Raises:
             ValueError: the corpus is empty or has no `text`, a chunk does not fit into the model's window, nothing was
                 kept, or `output_dir` holds another set.
-            EngineError: no engine answers any more; what was finished is kept in `output_dir`.
+            EngineError: no engine can be reached, or none answers any more; what was finished is kept in `output_dir`.
         """
         processes = Processes()
         digest = CorpusDigest(corpus_name or _dataset_name(corpus))
         chunker = self._chunker(digest.reading(iter_documents(corpus)))
         identity = self._identity(digest.identity())
         folder = ConversationFolder(processes.same(lambda: output_dir or _temporary_folder()))
+        self._check_engines(folder)
         if processes.is_main:
             folder.claim(identity)
         processes.wait_for_all()
@@ -162,9 +163,11 @@ class SelfStudySynthesizer:
 
         Raises:
             ValueError: `number` is below 1, or as `synthesize`.
+            EngineError: as `synthesize`.
         """
         if number < 1:
             raise ValueError(f"A preview shows at least 1 conversation, got {number}.")
+        check_engines(self.engines)
         digest = CorpusDigest()
         chunker = self._chunker(digest.reading(iter_documents(corpus)))
         identity = self._identity(digest.identity())
@@ -180,22 +183,31 @@ class SelfStudySynthesizer:
         report = self._conclude(folder, stage, plan, identity, chunker.lengths)
         return self._open(folder, stage, plan), report["generated_tokens"] / seconds
 
-    def check(self, corpus: Any) -> None:
-        """Whether a run can begin, by its lengths alone: no model is run, nothing is written.
+    def check(self, corpus: Any, output_dir: str | Path | None = None) -> None:
+        """Whether a run can begin: no model is run, nothing is written.
+
+        Args:
+            corpus, output_dir: As of `synthesize`.
 
         Raises:
             ValueError: the corpus is empty or has no `text`, or a chunk does not fit into the model's window.
+            EngineError: there is something to write, and no engine can be reached.
         """
+        self._check_engines(None if output_dir is None else ConversationFolder(output_dir))
         chunker = self._chunker(iter_documents(corpus))
         self._check_window(chunker, self._chunks(chunker), self._plan(()))
 
     def address(self, corpus: Any) -> str:
         """What the set of a corpus is addressed by: 64 hexadecimal digits, of all that decides its content (corpus,
         model, chat template, recipe, `synthesis_seed`)."""
+        return self.identity(corpus)["address"]
+
+    def identity(self, corpus: Any) -> dict[str, Any]:
+        """What the set of a corpus is made from, with its address; see `make_identity`."""
         digest = CorpusDigest()
         for _ in digest.reading(iter_documents(corpus)):
             pass
-        return self._identity(digest.identity())["address"]
+        return self._identity(digest.identity())
 
     # -- what there is to do -----------------------------------------------------------------------------------------
 
@@ -244,6 +256,13 @@ class SelfStudySynthesizer:
             if end < wanted:
                 plan.append(Part(chunk, end, wanted))
         return plan
+
+    def _check_engines(self, folder: ConversationFolder | None) -> None:
+        """Before anything is written. Where all that they are to do is there, engines may be gone."""
+        stages = [WRITTEN, *([self._stage()] if self._engine_scores else [])]
+        plan = self._plan(folder.parts(WRITTEN)) if folder else []
+        if folder is None or not all(folder.has(stage, part) for part in plan for stage in stages):
+            check_engines(self.engines)
 
     def _window(self) -> int | None:
         windows = [engine.max_length for engine in self.engines if engine.max_length is not None]

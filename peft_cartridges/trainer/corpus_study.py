@@ -42,6 +42,7 @@ class CorpusStudy:
         self.args = args
         self.processing_class = processing_class
         self.identity: dict[str, Any] | None = None
+        self.decided_by: dict[str, Any] = {}  # what decides the conversations, once they are checked or written
         self._engines: list[Engine] | None = None
 
     @property
@@ -54,7 +55,8 @@ class CorpusStudy:
         Raises:
             ValueError: as `SelfStudySynthesizer.check`.
         """
-        self._synthesizer(model, SynthesisConfig.from_args(self.args)).check(self.documents)
+        synthesizer, folder = self._prepare(model)
+        synthesizer.check(self.documents, folder)
 
     def write(self, model: PeftModel) -> Dataset | ConversationRounds:
         """The conversations, or rounds of them (`resample_every`).
@@ -68,10 +70,9 @@ class CorpusStudy:
         Raises:
             ValueError: as `SelfStudySynthesizer.synthesize`.
         """
+        synthesizer, folder = self._prepare(model)
         if self.args.resample_every:
             return self._rounds(model)
-        synthesizer = self._synthesizer(model, SynthesisConfig.from_args(self.args))
-        folder = self._folder / synthesizer.address(self.documents)[:12]
         dataset = synthesizer.synthesize(self.documents, output_dir=folder, corpus_name=self.name)
         self.identity = read_provenance(dataset)
         self._engines = None  # nothing is written any more
@@ -89,6 +90,12 @@ class CorpusStudy:
         synthesizer = self._synthesizer(model, settings)
         folder = self._folder / synthesizer.address(self.documents)[:12]
         return synthesizer.synthesize(self.documents, output_dir=folder, corpus_name=self.name)
+
+    def _prepare(self, model: PeftModel) -> tuple[SelfStudySynthesizer, Path]:
+        synthesizer = self._synthesizer(model, SynthesisConfig.from_args(self.args))
+        wanted = synthesizer.identity(self.documents)
+        self.decided_by = wanted["decided_by"]
+        return synthesizer, self._folder / wanted["address"][:12]
 
     def _synthesizer(self, model: PeftModel, settings: SynthesisConfig) -> SelfStudySynthesizer:
         """One that writes by the same engines as those before it: vLLM in this process loads a model for itself."""

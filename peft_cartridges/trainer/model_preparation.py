@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model
+from torch import Tensor
+from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
 from ..attention.probe import get_text_config
@@ -146,3 +148,12 @@ def check_packing(model: Any) -> None:
 def is_sharded(model: Any) -> bool:
     """Whether the weights were split over the processes when they were loaded (`shard_model`)."""
     return bool(getattr(model, "is_distributed_loading_by_transformers", False))
+
+
+def adapter_state(model: Any) -> dict[str, Tensor] | None:
+    """Of a sharded model, what is to be saved: PEFT (0.21) would gather the base model's weights too, whole, in every
+    process, only to leave them out. `None` for other models: PEFT looks for itself."""
+    if not is_sharded(model):
+        return None
+    state = model.state_dict()
+    return {n: value for n, value in state.items() if not isinstance(value, DTensor) or ".modules_to_save." in n}

@@ -7,7 +7,7 @@ from typing import Any
 
 from trl.trainer.base_config import _BaseConfig
 
-from ..initialization import list_strategies
+from ..initialization import check_options, list_strategies
 from ..objectives import check_objective
 from ..self_study import SynthesisConfig
 
@@ -28,7 +28,12 @@ class SelfStudyConfig(SynthesisConfig, _BaseConfig):
     """
 
     _argument_group_name = "training (of `TrainingArguments`) and synthesis"
-    _VALID_DICT_FIELDS = [*_BaseConfig._VALID_DICT_FIELDS, "model_init_kwargs", "engine_options"]  # noqa: RUF012 (as in the base)
+    _VALID_DICT_FIELDS = [  # noqa: RUF012 (as in the base)
+        *_BaseConfig._VALID_DICT_FIELDS,
+        "model_init_kwargs",
+        "engine_options",
+        "initialization_kwargs",
+    ]
 
     # -- the model and its cartridge -----------------------------------------------------------------------------------
 
@@ -51,7 +56,14 @@ class SelfStudyConfig(SynthesisConfig, _BaseConfig):
             "conversations' `context`). `most_attended`: each head's tokens that receive "
             "the most attention when the model recites the corpus. `first_tokens` (paper): its first tokens. `auto`: the "
             "former where the model allows it, because it takes far fewer steps to the same quality. `none` leaves the "
-            "cartridge as it is."
+            "cartridge as it is. `docs/training.md` lists the others."
+        },
+    )
+    initialization_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": 'Options of the initialization, as JSON: `{"cartridge": "user/name"}` of `pretrained` (a folder, or a '
+            'name on the Hub), `{"chunk_tokens": 128}` of `sampled_chunks`.'
         },
     )
 
@@ -148,7 +160,8 @@ class SelfStudyConfig(SynthesisConfig, _BaseConfig):
     vllm_mode: str = field(
         default="colocate",
         metadata={
-            "help": "`colocate`: vLLM in this process, on the same device (`engine=vllm`; `engine_options` go to it). "
+            "help": "`colocate`: vLLM in this process, on the same device (`engine=vllm`; `engine_options` go to it, such as "
+            '`{"gpu_memory_utilization": 0.3}`: it otherwise takes nearly all of a GPU). '
             "`server`: one that is running (`engine=openai`). The model in process scores in either case."
         },
     )
@@ -282,6 +295,15 @@ class SelfStudyConfig(SynthesisConfig, _BaseConfig):
         check_objective(self.loss_type, use_liger=self.use_liger_kernel)
         if self.initialization not in (known := [*list_strategies(), INITIALIZE_FROM_NOTHING]):
             raise ValueError(f"`initialization` must be one of {', '.join(known)}, got {self.initialization!r}.")
+        options = self.initialization_kwargs or {}  # JSON has become a mapping
+        if not isinstance(options, dict):
+            raise ValueError(f"`initialization_kwargs` must be a mapping (a JSON object), got {options!r}.")
+        if self.initialization != INITIALIZE_FROM_NOTHING:
+            check_options(self.initialization, options)
+        elif options:
+            raise ValueError(
+                "`initialization_kwargs` are options of an initialization, and `initialization` is `none`."
+            )
         for name in ("loss_chunk_size", "teacher_cache_size", "rows_per_chunk"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")

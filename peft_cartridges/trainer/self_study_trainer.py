@@ -18,7 +18,7 @@ from transformers.trainer_utils import EvalLoopOutput, EvalPrediction
 from ..chat import ChatCodec, get_tokenizer, with_cartridge_chat_template
 from ..hidden_states import OutputHead, forward_hidden_states
 from ..hub.base_model import identify_base_model
-from ..initialization import initialize_cartridge
+from ..initialization import initialize_cartridge, needs_text
 from ..objectives import Objective
 from ..tuner import CartridgeConfig
 from .batches import SelfStudyCollator, keep_rows, source_of
@@ -27,9 +27,17 @@ from .checkpoints import CheckpointWriter
 from .corpus_study import CorpusStudy, find_hub_datasets, text_of_contexts
 from .data_checks import check_data, is_corpus
 from .gap_evaluation import GapEvaluation
-from .model_preparation import add_cartridge, check_distribution, check_packing, is_sharded, load_base_model
+from .model_preparation import (
+    adapter_state,
+    add_cartridge,
+    check_distribution,
+    check_packing,
+    is_sharded,
+    load_base_model,
+)
 from .pushing import CartridgePusher, PushingTrainer, check_base_name
 from .run_card import write_run_card
+from .run_identity import check_run, keep_run
 from .self_study_config import INITIALIZE_FROM_NOTHING, SelfStudyConfig
 from .step_data import StepData
 from .throughput import Throughput, memory_gib
@@ -135,9 +143,10 @@ class SelfStudyTrainer(PushingTrainer):
         is_new = not isinstance(model, PeftModel)
         # Read now, because what begins at random is not frozen.
         self._first_text = self.corpus or (None if train_dataset is None else text_of_contexts(train_dataset))
-        if args.initialization == INITIALIZE_FROM_NOTHING:
-            self._first_text = None
-        peft_model = add_cartridge(model, args, peft_config, begins_at_random=self._first_text is None)
+        self._initializes = args.initialization != INITIALIZE_FROM_NOTHING and (
+            self._first_text is not None or not needs_text(args.initialization)
+        )
+        peft_model = add_cartridge(model, args, peft_config, begins_at_random=not self._initializes)
         if args.push_to_hub:  # not only when all is done
             check_base_name(peft_model, args)
         check_data(train_dataset, eval_dataset, args, peft_model, processing_class)
@@ -226,7 +235,7 @@ class SelfStudyTrainer(PushingTrainer):
         """Puts keys and values of the text into a new cartridge, unless something has been put there already. `train`,
         `evaluate` and `save_model` do it first; call it to look at the cartridge before."""
         noise, self._noise = self._noise, None
-        if self._first_text is None or noise is None or noise != sample_values(cast(nn.Module, self.model)):
+        if not self._initializes or noise is None or noise != sample_values(cast(nn.Module, self.model)):
             return
         self._place_model()
         self._say(f"Initializing the cartridge ({self.args.initialization}) …")
@@ -235,6 +244,7 @@ class SelfStudyTrainer(PushingTrainer):
             self.codec,
             text=self._first_text,
             strategy=self.args.initialization,
+            **cast(dict[str, Any], self.args.initialization_kwargs or {}),
         )
         self.average.restart()
 
@@ -266,16 +276,19 @@ class SelfStudyTrainer(PushingTrainer):
         `ema_decay` the model holds the average afterwards.
 
         Raises:
+            ValueError: it is to carry on a run of something else, see `check_run`.
             TrainingDivergedError: the loss or a gradient is NaN or infinite.
         """
-        if resume_from_checkpoint:  # it brings its cartridge along
-            self._noise = None
         if self.study is not None and not self.study.is_written:
             self.study.check(cast(PeftModel, self.model))
+        if resume_from_checkpoint:  # it brings its cartridge along
+            check_run(self)
+            self._noise = None
         self.initialize_cartridge()
         if self.args.padding_free:
             check_packing(self.model)
         self.write_conversations()
+        keep_run(self)
         self._throughput.restart()
         output = super().train(resume_from_checkpoint, *args, **kwargs)
         self.average.apply()
@@ -385,7 +398,7 @@ class SelfStudyTrainer(PushingTrainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         with self.average.applied():
-            super()._save(output_dir, state_dict)
+            super()._save(output_dir, state_dict or adapter_state(self.model))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)

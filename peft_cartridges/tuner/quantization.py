@@ -22,6 +22,10 @@ SCHEMES = {
 }
 SUFFIXES = (".codes", ".scale", ".middle", ".first")
 _BLOCK = 64
+# Of the blocks that `_quantize` finds no grid in at once, so many may yet have one, whose middle is so many numbers away.
+_MOST_OFF = 0.5
+_NEIGHBOURS = (1, -1, 2, -2)
+_SETTLED_WITHIN = 4  # the third time gave what the second did, over a wide range of middles and spreads
 
 
 def quantize_tensors(tensors: Mapping[str, Tensor], scheme: str) -> dict[str, Tensor]:
@@ -39,11 +43,8 @@ def quantize_tensors(tensors: Mapping[str, Tensor], scheme: str) -> dict[str, Te
     quantized: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         first, rest = tensor[:, :1], tensor[:, 1:].detach().float().cpu()
-        blocks = _blocks(rest, by_channel=_by_channel(name))
-        low, high = blocks.amin(-1, keepdim=True), blocks.amax(-1, keepdim=True)
-        middle = ((low + high) / 2).half()
-        codes, scale = _encode(blocks - middle.float(), scheme)
-        quantized |= {f"{name}.codes": codes, f"{name}.scale": scale, f"{name}.middle": middle[..., 0]}
+        codes, scale, middle = _settle(_blocks(rest, by_channel=_by_channel(name)), scheme)
+        quantized |= {f"{name}.codes": codes, f"{name}.scale": scale, f"{name}.middle": middle}
         quantized[f"{name}.first"] = first.detach().cpu().to(torch.bfloat16)
     return quantized
 
@@ -81,9 +82,7 @@ def dequantize_tensors(
     restored: dict[str, Tensor] = {}
     for name, (_, num_tokens, dim) in shapes.items():
         codes, scale, middle, first = (tensors[name + suffix] for suffix in SUFFIXES)
-        if scheme == "int4":
-            codes = torch.stack([codes & 15, codes >> 4], dim=-1).flatten(-2).to(torch.int8) - 8
-        lines = (codes.float() * scale.float()[..., None] + middle.float()[..., None]).flatten(-2)
+        lines = _dequantize(codes, scale, middle, scheme).flatten(-2)
         rest = lines[..., : num_tokens - 1].mT if _by_channel(name) else lines[..., :dim]
         restored[name] = torch.cat([first.float(), rest], dim=1)
     return restored
@@ -95,6 +94,45 @@ def check_scheme(scheme: str) -> None:
     """
     if scheme not in SCHEMES:
         raise ValueError(f"`quantization` must be one of {', '.join(SCHEMES)}, got {scheme!r}.")
+
+
+def _settle(blocks: Tensor, scheme: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes, scales and middles of blocks `[…, size]`, from which these come again: saving a cartridge that was loaded
+    changes nothing."""
+    parts = _quantize(blocks, scheme)
+    for _ in range(_SETTLED_WITHIN if blocks.numel() else 0):
+        again = _quantize(_dequantize(*parts, scheme), scheme)
+        if all(torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in zip(again, parts, strict=True)):
+            break
+        parts = again
+    return parts
+
+
+def _quantize(blocks: Tensor, scheme: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes, scales and middles of blocks `[…, size]`. What was quantized before is found to lie on a grid, whose middle
+    is that of the block or, because the codes at both ends were rounded, a neighbour of it among the half-precision
+    numbers; it is quantized without any error."""
+    middle = (blocks.amin(-1) + blocks.amax(-1)).div(2).half()
+    codes, scale = _encode(blocks - middle.float()[..., None], scheme)
+    off = (_dequantize(codes, scale, middle, scheme) != blocks).any(-1)
+    if off.sum() > _MOST_OFF * off.numel():
+        return codes, scale, middle  # no grid: they are quantized for the first time
+    for step in _NEIGHBOURS:
+        if off.any():
+            chosen, other = blocks[off], (middle[off].view(torch.int16) + step).view(torch.half)
+            parts = (*_encode(chosen - other.float()[..., None], scheme), other)
+            hit = (_dequantize(*parts, scheme) == chosen).all(-1)
+            where = off.nonzero()[hit].unbind(-1)
+            codes[where], scale[where], middle[where] = (part[hit] for part in parts)
+            off[where] = False
+    return codes, scale, middle
+
+
+def _dequantize(codes: Tensor, scale: Tensor, middle: Tensor, scheme: str) -> Tensor:
+    """The numbers `[…, size]`, float32."""
+    if scheme == "int4":
+        codes = torch.stack([codes & 15, codes >> 4], dim=-1).flatten(-2).to(torch.int8) - 8
+    return codes.float() * scale.float()[..., None] + middle.float()[..., None]
 
 
 def _encode(blocks: Tensor, scheme: str) -> tuple[Tensor, Tensor]:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from peft_cartridges import load_cartridge
 from peft_cartridges.cli import main
-from peft_cartridges.cli.train import make_parser
+from peft_cartridges.cli.train import make_parser, suggest_num_tokens
 from tests.hub.conftest import hub  # noqa: F401 (a fixture)
 from tests.hub.local_hub import LocalHub
 from tests.tiny_models import tiny_model
@@ -57,6 +59,11 @@ def test_from_a_file_to_a_cartridge_that_answers(folder: Path, capsys: pytest.Ca
     told = capsys.readouterr().out
     for line in ("tokens:", "8, 1 of them frozen", "corpus.md, 360 tokens", "16 (", "optimizer_steps 4", "gold_nll:"):
         assert line in told
+    assert "MB in its file (float32)" in told
+    for quantization, shown in (("int8", "(int8)"), ("none", "(16-bit floats)")):
+        assert main(["quantize", str(out), "--to", quantization, "--output-dir", str(folder / quantization)]) == 0
+        assert main(["info", str(folder / quantization)]) == 0
+        assert f"MB in its file {shown}" in capsys.readouterr().out
     written = {path: path.stat().st_mtime_ns for path in (out / "_conversations").rglob("*.arrow")}
     assert written
     assert _train(folder, *SYNTHESIS, *gold, "--save-steps", "2") == 0  # nothing is left to do
@@ -75,6 +82,29 @@ def test_no_steps_only_initialize_the_cartridge(folder: Path) -> None:
     assert not (folder / "out" / "_conversations").exists() and (folder / "out" / "README.md").is_file()
     facts = json.loads((folder / "out" / "cartridge.json").read_text())
     assert facts["recipe"]["optimizer_steps"] == 0 and not facts.get("num_conversations")
+
+
+def test_without_a_length_it_is_a_tenth_of_the_text(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    place = ["--model", str(folder / "model"), "--use-cpu", "--steps", "0"]
+    assert main(["train", str(folder / "corpus.md"), *place, "--output-dir", str(folder / "out"), *SYNTHESIS]) == 0
+    said = capsys.readouterr().err
+    # 2 layers, keys and values, 2 heads of 8 numbers: 64 numbers a token, of 36 tokens and of 360.
+    assert "Cartridge: 36 tokens (--num-tokens; 18 is bold, 64 is safe), at most 0.01 MB in its file" in said
+    assert "0.00 MB in place of the text's 0.05 where it is served" in said
+    assert json.loads((folder / "out" / "adapter_config.json").read_text())["num_virtual_tokens"] == 36
+    written = ["synthesize", str(folder / "corpus.md"), "--model", str(folder / "model"), "--dtype", "float32"]
+    assert main([*written, "--output-dir", str(folder / "set"), *SYNTHESIS]) == 0
+    place += ["--output-dir", str(folder / "other")]
+    assert main(["train", "--conversations", str(folder / "set"), *place]) == 0
+    assert json.loads((folder / "other" / "adapter_config.json").read_text())["num_virtual_tokens"] == 36
+
+
+@pytest.mark.parametrize(
+    ("corpus", "shares"),
+    [(0, (512, 256, 1024)), (5, (1, 1, 1)), (700, (64, 35, 128)), (10_000, (992, 496, 2000)), (10**6, (8192,) * 3)],
+)
+def test_suggested_lengths(corpus: int, shares: tuple[int, ...]) -> None:
+    assert tuple(suggest_num_tokens(corpus, share) for share in (10, 20, 5)) == shares
 
 
 def test_an_estimate_loads_no_weights(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -145,6 +175,75 @@ def test_a_folder_with_another_cartridge_is_not_carried_on(folder: Path, capsys:
     assert _train(folder, *SYNTHESIS, "--save-steps", "2") == 0
     assert _train(folder, *SYNTHESIS, "--num-tokens", "7") == 1
     assert "holds a run with --num-tokens 8" in capsys.readouterr().err
+
+
+def test_a_folder_with_the_run_of_something_else_is_not_carried_on(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "other.md").write_text(TEXT.replace("captain", "keeper"))
+    written = ["synthesize", str(folder / "other.md"), "--model", str(folder / "model"), "--dtype", "float32"]
+    assert main([*written, "--output-dir", str(folder / "set"), *SYNTHESIS]) == 0
+    assert _train(folder, *SYNTHESIS) == 0
+    files = {path: path.read_bytes() for path in (folder / "out").rglob("*.safetensors")}
+    text = (folder / "corpus.md").read_text()
+
+    def refused(*options: str, corpus: bool = True) -> str:
+        assert _train(folder, *SYNTHESIS, *options, corpus=corpus) == 1
+        assert files == {path: path.read_bytes() for path in (folder / "out").rglob("*.safetensors")}
+        return capsys.readouterr().err.strip().splitlines()[-1]
+
+    for wiped in (False, True):  # without checkpoints there is still a cartridge
+        if wiped:
+            for path in (folder / "out").glob("checkpoint-*"):
+                shutil.rmtree(path)
+            files = {path: path.read_bytes() for path in (folder / "out").rglob("*.safetensors")}
+        (folder / "corpus.md").write_text((folder / "other.md").read_text())
+        line = refused()
+        assert "`output_dir` (" in line and "holds the run of another cartridge: corpus (" in line
+        assert "another `output_dir`" in line
+        (folder / "corpus.md").write_text(text)
+        assert "recitation_share (0.5 there, 0.25 now)" in refused("--recitation-share", "0.25")
+        assert "loss_type ('forward_kl' there, 'jsd' now)" in refused("--loss-type", "jsd")
+        assert "conversations (None there, " in refused("--conversations", str(folder / "set"), corpus=False)
+    assert "--steps 0 would put an untrained cartridge" in refused("--steps", "0")
+    tiny_model(seed=3).save_pretrained(folder / "model")
+    assert "model (" in refused()
+
+
+def test_more_steps_carry_a_run_on_and_a_finished_one_is_told(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert _train(folder, *SYNTHESIS) == 0
+    assert _train(folder, *SYNTHESIS, "--learning-rate", "0.01", "--num-conversations", "20") == 0
+    assert "The run was finished: more --steps carry it on" in capsys.readouterr().err
+    assert _train(folder, *SYNTHESIS, "--steps", "5") == 0
+    told = capsys.readouterr().err
+    assert "Carrying on at" in told and "was finished" not in told
+    facts = json.loads((folder / "out" / "cartridge.json").read_text())
+    assert facts["recipe"]["optimizer_steps"] == 5
+
+
+def test_a_cartridge_begins_with_another_one(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert _train(folder, "--steps", "0", "--initialization", "first_tokens", name="first") == 0
+    pretrained = ["--initialization", "pretrained", "--initialization-kwargs"]
+    assert _train(folder, "--steps", "0", *pretrained, json.dumps({"cartridge": str(folder / "first")})) == 0
+    first, out = (load_file(folder / name / "adapter_model.safetensors") for name in ("first", "out"))
+    assert all(torch.equal(first[name], out[name]) for name in first)
+    assert _train(folder, "--initialization", "pretrained", name="x") == 1
+    assert "The strategy `pretrained` needs the option `cartridge`" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["train", "synthesize"])
+def test_a_server_that_is_not_there_is_one_line_and_nothing_is_left(
+    command: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("openai")
+    place = ["--model", str(folder / "model"), "--output-dir", str(folder / "out")]
+    server = ["--engine", "openai", "--base-url", "http://127.0.0.1:1/v1", "http://127.0.0.1:2/v1"]
+    assert main([command, str(folder / "corpus.md"), *place, *server, *SYNTHESIS]) == 1
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert line.startswith(
+        f"cartridges {command}: error: `base_url`: the server at http://127.0.0.1:1/v1 cannot be reached"
+    )
+    assert not (folder / "out").exists()
 
 
 def test_help_teaches_and_hides_the_many() -> None:

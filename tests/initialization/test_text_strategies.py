@@ -112,7 +112,7 @@ def test_a_cartridge_goes_on_from_another_one(tmp_path: Path) -> None:
         assert _equal(_initialize("pretrained", None, cartridge=cartridge), prefix)
     with pytest.raises(ValueError, match=r"`cartridge` has 12 tokens.*CartridgeConfig\(num_tokens=12\)"):
         _initialize("pretrained", None, num_tokens=8, cartridge=tmp_path)
-    with pytest.raises(ValueError, match="needs `cartridge`"):
+    with pytest.raises(ValueError, match="needs the option `cartridge`"):
         _initialize("pretrained", None)
     with pytest.raises(FileNotFoundError, match="no folder 'nowhere'"):
         _initialize("pretrained", None, cartridge="nowhere")

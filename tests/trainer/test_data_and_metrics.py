@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,12 @@ import pytest
 import torch
 from accelerate.data_loader import BatchSamplerShard
 from datasets import Dataset, IterableDataset
+from peft import get_peft_model
 from torch.utils.data import BatchSampler, SequentialSampler
 from transformers import BitsAndBytesConfig, EvalPrediction, TrainerCallback
 
-from peft_cartridges import CartridgeConfig, SelfStudyConfig, SelfStudyTrainer
+from peft_cartridges import CartridgeConfig, SelfStudyConfig, SelfStudyTrainer, initialize_cartridge
+from peft_cartridges.initialization import list_strategies
 from peft_cartridges.trainer.batches import EvenRows, EvenStream, SelfStudyCollator
 from tests.tiny_models import tiny_model
 from tests.trainer.small_runs import CORPUS, TOKENIZER, losses, make_config, make_conversations, make_trainer
@@ -171,6 +174,54 @@ def test_without_a_corpus_the_contexts_initialize_the_cartridge(tmp_path: Path, 
     told.initialize_cartridge()
     assert torch.equal(trainer.model.get_kv_prefix().keys[0], told.model.get_kv_prefix().keys[0])
     assert not torch.equal(trainer.model.get_kv_prefix().keys[0][:, :2], noise.keys[0][:, :2])
+
+
+@pytest.mark.parametrize("strategy", list_strategies())
+def test_every_initialization_is_the_trainers_too(tmp_path: Path, conversations: Dataset, strategy: str) -> None:
+    other = get_peft_model(tiny_model(), CartridgeConfig(num_tokens=8))
+    other.save_pretrained(tmp_path / "other")
+    options = {
+        "pretrained": {"cartridge": str(tmp_path / "other")}, "sampled_chunks": {"chunk_tokens": 2, "seed": 5}, "random_tokens": {"seed": 5},
+        "random_vectors": {"seed": 5}, "summary": {"request": "w70 ?"}, "attention_matching": {"share_of_queries": 0.5},
+    }.get(strategy)  # fmt: skip
+    trainer = make_trainer(
+        tmp_path, dataset=conversations, initialization=strategy, initialization_kwargs=json.dumps(options or {})
+    )
+    trainer.initialize_cartridge()
+    text = "\n\n".join(dict.fromkeys(conversations["context"]))
+    expected = initialize_cartridge(other, trainer.codec, text=text, strategy=strategy, **(options or {}))
+    found = trainer.model.get_kv_prefix()
+    for have, want in zip(found.keys + found.values, expected.keys + expected.values, strict=True):
+        assert torch.equal(have, want)
+
+
+def test_an_initialization_that_needs_no_text_is_not_random(
+    tmp_path: Path, conversations: Dataset, caplog: pytest.LogCaptureFixture
+) -> None:
+    other = get_peft_model(tiny_model(), CartridgeConfig(num_tokens=8))
+    other.save_pretrained(tmp_path / "other")
+    options = {"initialization": "pretrained", "initialization_kwargs": {"cartridge": str(tmp_path / "other")}}
+    with caplog.at_level(logging.WARNING):
+        trainer = make_trainer(tmp_path, dataset=conversations.remove_columns("context"), max_steps=1, **options)
+    assert "begins at random" not in caplog.text and trainer.model.peft_config["default"].num_frozen_tokens == 2
+    trainer.train()
+    assert torch.equal(trainer.model.get_kv_prefix().keys[0][:, :2], other.get_kv_prefix().keys[0][:, :2])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"initialization": "pretrained"}, "`pretrained` needs the option `cartridge`"),
+        ({"initialization": "summary", "initialization_kwargs": {"seed": 3}}, "`summary` has no option `seed`"),
+        ({"initialization": "none", "initialization_kwargs": {"seed": 3}}, "`initialization` is `none`"),
+        ({"initialization_kwargs": "seed"}, "`initialization_kwargs` must be a mapping"),
+    ],
+)
+def test_options_that_an_initialization_does_not_have_are_refused_at_once(
+    tmp_path: Path, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_config(tmp_path, **options)
 
 
 def test_noise_is_never_frozen(tmp_path: Path, conversations: Dataset, caplog: pytest.LogCaptureFixture) -> None:

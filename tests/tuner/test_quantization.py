@@ -57,6 +57,34 @@ def test_what_is_restored_is_within_half_a_step(scheme: str, num_tokens: int) ->
             ] * rest.norm()
 
 
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("spread", [1e-4, 1e-2, 1.0, 30.0])
+def test_quantizing_again_changes_no_bit(scheme: str, spread: float) -> None:
+    torch.manual_seed(1)
+    for offset in (0.0, 1e-6, 1e-3, 0.1, 1.0, 9.0, 100.0, 3000.0):
+        tensors = {
+            "layers.0.key": torch.randn(2, 150, 32) * spread * torch.logspace(-1, 1, 32) + offset * torch.randn(32),
+            "layers.0.value": torch.randn(2, 150, 32) * spread + offset * torch.randn(2, 150, 1),
+        }
+        shapes: Any = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        once = quantize_tensors(tensors, scheme)
+        again = quantize_tensors(dequantize_tensors(once, scheme, shapes), scheme)
+        for name, tensor in once.items():
+            assert torch.equal(tensor.view(torch.uint8), again[name].view(torch.uint8)), (name, offset)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_saving_a_loaded_cartridge_gives_its_file(tmp_path: Path, scheme: str, dtype: torch.dtype) -> None:
+    _save(tmp_path / "whole", 131)
+    quantize_cartridge(tmp_path / "whole", tmp_path / "0", scheme)  # type: ignore[arg-type]
+    for number in range(2):
+        PeftModel.from_pretrained(tiny_model(dtype=dtype), tmp_path / f"{number}").save_pretrained(
+            tmp_path / f"{number + 1}"
+        )
+        assert (tmp_path / f"{number + 1}" / WEIGHTS).read_bytes() == (tmp_path / "0" / WEIGHTS).read_bytes()
+
+
 @pytest.mark.parametrize("architecture", ["llama", "deepseek_v3"])
 @pytest.mark.parametrize(
     ("scheme", "bytes_per_number", "error"), [("int8", 1.2, 0.02), ("int4", 0.75, 0.3), ("fp8", 1.2, 0.1)]

@@ -5,7 +5,8 @@ A new engine is a file with a subclass of `Engine`, and a row in `ENGINES`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 from .engine import Engine, EngineError, Generation, Outcome, Request
@@ -27,6 +28,7 @@ __all__ = [
     "Request",
     "TransformersEngine",
     "VLLMEngine",
+    "check_engines",
     "make_engines",
 ]
 
@@ -76,3 +78,15 @@ def make_engines(args: SynthesisConfig, model: Any, processing_class: Any, *, to
         ValueError: a package is not installed, or something is missing.
     """
     return ENGINES[args.engine](args, model, processing_class, top_k)
+
+
+def check_engines(engines: Sequence[Engine]) -> None:
+    """Whether a run can begin. One engine of several that is not there is no hindrance: the others do its work.
+
+    Raises:
+        EngineError: none of them can be reached.
+    """
+    with ThreadPoolExecutor(len(engines)) as pool:
+        reasons = [reason for reason in pool.map(lambda engine: engine.unreachable(), engines) if reason]
+    if len(reasons) == len(engines):
+        raise EngineError(f"`base_url`: {'; '.join(reasons)}. Start it (`vllm serve MODEL`), or give another address.")

@@ -82,6 +82,10 @@ class Engine(ABC):
     gives_top_k = False
     hopeless: str | None = None
 
+    def unreachable(self) -> str | None:
+        """Why nothing can be asked of it, looked at before a run begins; `None` if all is well or that cannot be told."""
+        return None
+
     @contextlib.contextmanager
     def running(self, wake: threading.Event) -> Iterator[None]:
         """Entered around a whole run; engines that work in threads set `wake` when they have something."""

@@ -17,6 +17,9 @@ from ...conversations.targets import top_k_of_tables
 from .engine import Engine, EngineError, Generation, Outcome, Request
 
 _FIRST_WAIT, _LONGEST_WAIT = 0.5, 30.0  # seconds
+_REACHED_WITHIN = 3.0
+# By name, because versions of `openai` take theirs from different packages (httpx, httpx2).
+_NOBODY = ("ConnectError", "ConnectTimeout", "UnsupportedProtocol", "InvalidURL")
 _ID = "token_id:"
 # Refusals of the server as a whole; others may be of one request.
 _NEVER = (401, 403, 404, 405)
@@ -88,6 +91,17 @@ class OpenAIEngine(Engine):
         self._done: queue.SimpleQueue[tuple[Request, float, Generation | _Trouble]] = queue.SimpleQueue()
         self._under_way = self._answered = 0
         self._failures, self._failed_at, self._tried_again_at = 0, 0.0, 0.0
+
+    def unreachable(self) -> str | None:
+        """Whether nobody is there. A server that is slow, or busy loading, or knows no `/models`, is one that is there."""
+        try:
+            self._client.with_options(timeout=_REACHED_WITHIN).models.list()
+        except self._openai.APIConnectionError as error:
+            if type(error.__cause__).__name__ in _NOBODY:
+                return f"the server at {self.base_url} cannot be reached ({_shorten(str(error.__cause__))})"
+        except Exception:  # whatever else it says, it is there
+            return None
+        return None
 
     @contextlib.contextmanager
     def running(self, wake: threading.Event) -> Iterator[None]:

@@ -310,3 +310,30 @@ def test_warnings_are_none_where_all_is_well() -> None:
     with CompletionsServer().running() as url, warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         _run(_engine(url))
+
+
+@pytest.mark.parametrize("where", ["{url}", "127.0.0.1:1/v1", "http://no-such-host.invalid/v1"])
+def test_a_server_that_is_not_there_is_found_out_before_anything_is_written(
+    where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(openai, "_FIRST_WAIT", 30.0)  # of the tries that a server is worth that was there
+    with CompletionsServer().running() as url:
+        pass
+    engines = [_engine(where.format(url=url)) for _ in range(2)]
+    synthesizer = SelfStudySynthesizer(None, TOKENIZER, runs.settings(teacher_targets="live"), engines=engines)
+    for make in (synthesizer.preview, synthesizer.check, lambda text: synthesizer.synthesize(text, tmp_path / "set")):
+        with pytest.raises(EngineError, match=r"`base_url`: the server at .* cannot be reached .*Start it"):
+            make(runs.TEXT)
+    assert not (tmp_path / "set").exists()
+
+
+def test_one_server_that_is_there_is_enough_and_a_finished_set_needs_none(tmp_path: Path) -> None:
+    with CompletionsServer().running() as gone:
+        pass
+    with CompletionsServer().running() as url:
+        engines = [_engine(gone, max_retries=0), _engine(url)]
+        synthesizer = SelfStudySynthesizer(None, TOKENIZER, runs.settings(teacher_targets="live"), engines=engines)
+        with pytest.warns(UserWarning, match="The others go on without it"):
+            written = synthesizer.synthesize(runs.TEXT, tmp_path)
+    assert synthesizer.synthesize(runs.TEXT, tmp_path).to_dict() == written.to_dict()
+    synthesizer.check(runs.TEXT, tmp_path)
