@@ -12,9 +12,10 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from ..gate import Gate, any_accepts, load_gate
+if TYPE_CHECKING:
+    from ..gate import Gate
 
 Message = dict[str, str]
 
@@ -163,6 +164,7 @@ class LocalEngine:
 
         from ..adapter_folder import read_cartridge
         from ..chat import with_cartridge_chat_template
+        from ..gate import load_gate
         from ..hub import check_base_model, load_cartridge, load_facts
         from ..hub.pull import find_cartridge
         from ..serving.catalog import split_revision
@@ -203,6 +205,8 @@ class LocalEngine:
         return self._sizes[cartridge]
 
     def accepts(self, messages: list[Message], cartridge: str) -> bool:
+        from ..gate import any_accepts
+
         return any_accepts([self._gates[name] for name in cartridge.split("+")], messages)
 
     def answer(self, messages: list[Message], cartridge: str | None) -> Iterator[str]:
