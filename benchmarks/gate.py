@@ -52,7 +52,6 @@ from peft_cartridges.gate import GENERAL_REQUESTS, Gate
 CHOSEN_ON = ("qasper-8", "quality-0", "toefl-1")
 DOCUMENTS = (*CHOSEN_ON, "qasper-14", "quality-4", "toefl-8")
 COLLECTIONS = ("qasper", "quality", "toefl", "loogle")
-LAYERS = (10, 20, 30)
 BEYOND_WINDOW = 30000  # characters of a longer text that questions are asked about
 
 
@@ -113,7 +112,7 @@ class Scorer:
             near = [self._bare(line) for line in [*_sample(split_sentences(text), 128), *own_questions]]
             far = [self._bare(line) for line in GENERAL_REQUESTS]
             asked = [self._bare(line) for line in requests]
-            for number, layer in enumerate(LAYERS):
+            for number, layer in enumerate(self.args.layers):
                 sides = [_unit(torch.stack([one[0][number] for one in group]), far, number) for group in (near, far, asked)]
                 closeness = [(sides[2] @ side.T).topk(3).values.mean(-1) for side in sides[:2]]
                 found[f"states-{layer}"] = (closeness[0] - closeness[1]).tolist()
@@ -143,7 +142,7 @@ class Scorer:
         output = self.model(inputs, output_hidden_states=True)
         logits = output.logits[0].float().log_softmax(-1)
         body = slice(3, max(4, len(ids) - 5))
-        states = torch.stack([output.hidden_states[layer][0, body].float().mean(0) for layer in LAYERS])
+        states = torch.stack([output.hidden_states[layer][0, body].float().mean(0) for layer in self.args.layers])
         nll = -logits[:-1].gather(-1, inputs[0, 1:, None])[body].mean()
         return states, logits[-1], float(nll)
 
@@ -294,6 +293,7 @@ def main() -> None:
     parser.add_argument("data", nargs="?", type=Path, metavar="DATA")
     parser.add_argument("--documents", nargs="+", default=list(DOCUMENTS), help="`all` takes all of them")
     parser.add_argument("--methods", nargs="+", default=["words", "states", "first_token"])
+    parser.add_argument("--layers", type=int, nargs="+", default=[10, 20, 30], help="behind which `states` looks")
     parser.add_argument("--conversations", type=int, default=48, help="of self-study, for `states`; 0: the text alone")
     parser.add_argument("--general-kl", type=int, default=0, metavar="N", help="seed tasks to measure the KL on")
     parser.add_argument("--reject-general", type=float, default=0.9)
