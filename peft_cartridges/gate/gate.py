@@ -53,7 +53,7 @@ _ZIPF_OFFSET = 50
 _FOLLOW_UP_WORDS = 5
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Gate:
     """Tells which requests are for a cartridge.
 
@@ -274,7 +274,8 @@ def _language_at_large(words: Sequence[str], processing_class: Any) -> dict[str,
     places: dict[str, int] = {}
     for number, ids in enumerate(encoded):
         unit = words[number // 3][:_LETTERS]
-        places[unit] = min(places.get(unit, size), ids[0] if len(ids) == 1 else size)
+        known = len(ids) == 1 and ids[0] != tokenizer.unk_token_id
+        places[unit] = min(places.get(unit, size), ids[0] if known else size)
     return {unit: 1 / (math.log(size) * (place + _ZIPF_OFFSET)) for unit, place in places.items()}
 
 

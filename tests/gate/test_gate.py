@@ -36,7 +36,7 @@ def _reference(request: str) -> float:
     for word in {word for text in (TEXT, *TEXT_QUESTIONS) for word in split_words(text)}:
         for form in (word, f" {word}", f" {word.capitalize()}"):
             found = TOKENIZER(form, add_special_tokens=False)["input_ids"]
-            ids.setdefault(word[:4], []).append(found[0] if len(found) == 1 else len(TOKENIZER))
+            ids.setdefault(word[:4], []).append(found[0] if len(found) == 1 and found[0] != TOKENIZER.unk_token_id else len(TOKENIZER))
     ratios = []
     for word in (w[:4] for w in split_words(request)):
         common = 1 / (math.log(len(TOKENIZER)) * (min(ids.get(word, [len(TOKENIZER)])) + 50))
@@ -63,7 +63,7 @@ def test_the_threshold_is_set_by_the_general_requests(gate: Gate) -> None:
     scores = [gate.score(request) for request in GENERAL_REQUESTS]
     assert gate.num_general == len(scores)
     assert gate.general_rejected == sum(score < gate.threshold for score in scores) / len(scores)
-    assert 0.88 <= gate.general_rejected <= 0.9
+    assert 0.9 <= gate.general_rejected < 0.92
     strict = Gate.make(TEXT, TOKENIZER, reject_general=0.99)
     assert strict.threshold > gate.threshold and torch.equal(strict.weights, gate.weights)
     other = Gate.make(TEXT, TOKENIZER, general=["ships ships ships", "Who counts ships?"], reject_general=0.5)
