@@ -113,8 +113,12 @@ class Scorer:
             far = [self._bare(line) for line in GENERAL_REQUESTS]
             asked = [self._bare(line) for line in requests]
             for number, layer in enumerate(self.args.layers):
-                sides = [_unit(torch.stack([one[0][number] for one in group]), far, number) for group in (near, far, asked)]
-                closeness = [(sides[2] @ side.T).topk(3).values.mean(-1) for side in sides[:2]]
+                sides = [
+                    _unit(torch.stack([one[0][number] for one in group]), far, number) for group in (near, far, asked)
+                ]
+                to_text, to_general = (sides[2] @ side.T for side in sides[:2])
+                to_general[: len(far)].fill_diagonal_(-1)  # the general requests stand first: none is its own neighbour
+                closeness = [cosines.topk(3).values.mean(-1) for cosines in (to_text, to_general)]
                 found[f"states-{layer}"] = (closeness[0] - closeness[1]).tolist()
         if "first_token" in self.args.methods and prefix is not None:
             rows = {name: [] for name in ("first_token_kl", "entropy", "likelihood")}
@@ -137,7 +141,9 @@ class Scorer:
     def _read(self, request: str) -> tuple[Any, ...]:
         """Mean states of the request's tokens `[layers, hidden_size]`, log-probabilities of the first token of the answer
         `[vocab_size]`, and the mean negative log-likelihood of the request's own tokens."""
-        ids = self.codec.encode_request([{"role": "user", "content": request}])[: self.args.max_request_tokens]
+        ids = self.codec.encode_request([{"role": "user", "content": request}])
+        if len(ids) > self.args.max_request_tokens:  # the end opens the answer
+            ids = ids[: self.args.max_request_tokens - 5] + ids[-5:]
         inputs = torch.tensor([ids])
         output = self.model(inputs, output_hidden_states=True)
         logits = output.logits[0].float().log_softmax(-1)
@@ -256,8 +262,13 @@ def table(args: argparse.Namespace) -> None:
     if kl:
         print()
         names = ("cartridge", "gated", "full_text")
-        rows = [[document, *(f"{one[name]:.3f}" for name in names), f"{one['gated'] / one['full_text']:.2f}"] for document, one in kl]
-        harness.print_table(["document", "KL of the cartridge", "with the gate", "of the full text", "gate : full text"], rows)
+        rows = [
+            [document, *(f"{one[name]:.3f}" for name in names), f"{one['gated'] / one['full_text']:.2f}"]
+            for document, one in kl
+        ]
+        harness.print_table(
+            ["document", "KL of the cartridge", "with the gate", "of the full text", "gate : full text"], rows
+        )
     print(f"\n{statistics.mean(record['words'] for record in records):.0f} words a gate.")
 
 

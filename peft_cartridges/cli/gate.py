@@ -20,7 +20,9 @@ from ..hub.model_card import is_edited
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("cartridge", type=Path, help="its folder; the gate is saved there as gate.safetensors")
     parser.add_argument("--corpus", nargs="+", metavar="FILE", help="the text that the cartridge stands in for")
-    parser.add_argument("--conversations", help="instead: its conversations (a folder or a name on the Hub), which quote it")
+    parser.add_argument(
+        "--conversations", help="instead: its conversations (a folder or a name on the Hub), which quote it"
+    )
     parser.add_argument(
         "--general", type=Path, metavar="FILE",
         help="requests that have nothing to do with the text, which set the threshold: JSON lines of `prompt` (default: "
@@ -31,7 +33,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--base-model", help="name or folder of the base model, if not the one that the cartridge says")
     parser.add_argument(
-        "--ask", action="append", default=[], metavar="REQUEST", help="say what the gate makes of a request; may be repeated"
+        "--ask",
+        action="append",
+        default=[],
+        metavar="REQUEST",
+        help="say what the gate makes of a request; may be repeated",
     )
 
 
@@ -74,9 +80,13 @@ def _text(args: argparse.Namespace) -> tuple[list[str], list[str]]:
 
     data: Any = load_self_study(args.conversations, targets="live")
     if "context" not in data.column_names:
-        raise ValueError(f"--conversations: {args.conversations} does not hold the text that it is about: give --corpus.")
+        raise ValueError(
+            f"--conversations: {args.conversations} does not hold the text that it is about: give --corpus."
+        )
     contexts = [context for context in data["context"] if context]
-    return contexts, [row[0]["content"] for row, context in zip(data["messages"], data["context"], strict=True) if context]
+    return contexts, [
+        row[0]["content"] for row, context in zip(data["messages"], data["context"], strict=True) if context
+    ]
 
 
 def _prompts(path: Path) -> list[str]:

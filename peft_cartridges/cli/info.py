@@ -51,7 +51,9 @@ def describe_cartridge(config: CartridgeConfig, facts: CardFacts, num_bytes: int
     kinds = ", ".join(f"{name} {number:,}" for name, number in facts.seed_types.items())
     conversations = facts.num_conversations and f"{facts.num_conversations:,}" + (f" ({kinds})" if kinds else "")
     recipe = ", ".join(f"{name} {facts.recipe[name]}" for name in _RECIPE if name in facts.recipe)
-    gate = facts.gate and f"rejects {facts.gate.general_rejected:.0%} of {facts.gate.num_general:,} requests off the text"
+    gate = (
+        facts.gate and f"rejects {facts.gate.general_rejected:.0%} of {facts.gate.num_general:,} requests off the text"
+    )
     found = [
         ("base model", facts.base_model or config.base_model_name_or_path),
         ("tokens", f"{config.num_tokens or 0:,}{trained}"),

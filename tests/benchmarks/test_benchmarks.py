@@ -113,7 +113,9 @@ def test_the_gate_benchmark_measures_every_method_and_carries_on(tmp_path: Path)
     methods = {"words", "states-1", "states-2", "first_token_kl", "entropy", "likelihood"}
     for record in records:
         assert set(record["methods"]) == methods
-        assert record["methods"]["words"]["accepted"]["own"] == 1.0 and record["methods"]["words"]["auc"]["general"] == 1.0
+        assert (
+            record["methods"]["words"]["accepted"]["own"] == 1.0 and record["methods"]["words"]["auc"]["general"] == 1.0
+        )
         kl = record["general_kl"]
         assert kl["gated"] == 0.0 == kl["accepted"] and kl["cartridge"] > 0 < kl["full_text"]
     assert "| words" in done.stdout and "gate : full text" in done.stdout

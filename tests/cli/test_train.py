@@ -55,7 +55,15 @@ def test_from_a_file_to_a_cartridge_that_answers(folder: Path, capsys: pytest.Ca
 
     assert main(["info", str(out)]) == 0
     told = capsys.readouterr().out
-    for line in ("tokens:", "8, 1 of them frozen", "corpus.md, 360 tokens", "16 (", "optimizer_steps 4", "gold_nll:", "gate:"):
+    for line in (
+        "tokens:",
+        "8, 1 of them frozen",
+        "corpus.md, 360 tokens",
+        "16 (",
+        "optimizer_steps 4",
+        "gold_nll:",
+        "gate:",
+    ):
         assert line in told
     written = {path: path.stat().st_mtime_ns for path in (out / "_conversations").rglob("*.arrow")}
     assert written
@@ -89,7 +97,9 @@ def test_the_gate_is_the_text_s_and_can_be_left_out_and_made_later(
     question, other = "what says the captain of w60 ?", "write me a haiku in spanish"
     assert main(["gate", str(none), "--ask", question]) == 1 and "has no gate" in capsys.readouterr().err
     base = ["--base-model", str(folder / "model")]
-    assert main(["gate", str(none), "--corpus", str(folder / "corpus.md"), *base, "--ask", question, "--ask", other]) == 0
+    assert (
+        main(["gate", str(none), "--corpus", str(folder / "corpus.md"), *base, "--ask", question, "--ask", other]) == 0
+    )
     told = capsys.readouterr().out
     assert f"accepted ({expected.score(question):+.2f}" in told and f"rejected ({expected.score(other):+.2f}" in told
     assert f"Rejected: {expected.general_rejected:.1%} of {expected.num_general}" in told
@@ -98,7 +108,14 @@ def test_the_gate_is_the_text_s_and_can_be_left_out_and_made_later(
     assert "Gate (`gate.safetensors`)" in (none / "README.md").read_text()
 
     (folder / "general.jsonl").write_text('{"prompt": "what says the captain"}\n{"prompt": "a haiku"}\n')
-    given = ["--general", str(folder / "general.jsonl"), "--reject-general", "0.5", "--conversations", str(folder / "set")]
+    given = [
+        "--general",
+        str(folder / "general.jsonl"),
+        "--reject-general",
+        "0.5",
+        "--conversations",
+        str(folder / "set"),
+    ]
     assert main(["gate", str(none), *given, *base]) == 0
     assert "questions of the conversations" in capsys.readouterr().out
     assert Gate.from_pretrained(none).threshold == expected.score("what says the captain")

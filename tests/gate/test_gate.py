@@ -36,7 +36,9 @@ def _reference(request: str) -> float:
     for word in {word for text in (TEXT, *TEXT_QUESTIONS) for word in split_words(text)}:
         for form in (word, f" {word}", f" {word.capitalize()}"):
             found = TOKENIZER(form, add_special_tokens=False)["input_ids"]
-            ids.setdefault(word[:4], []).append(found[0] if len(found) == 1 and found[0] != TOKENIZER.unk_token_id else len(TOKENIZER))
+            ids.setdefault(word[:4], []).append(
+                found[0] if len(found) == 1 and found[0] != TOKENIZER.unk_token_id else len(TOKENIZER)
+            )
     ratios = []
     for word in (w[:4] for w in split_words(request)):
         common = 1 / (math.log(len(TOKENIZER)) * (min(ids.get(word, [len(TOKENIZER)])) + 50))

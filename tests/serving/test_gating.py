@@ -45,13 +45,19 @@ async def _echo(scope: Any, receive: Any, send: Any) -> None:
 
 
 def ask(
-    catalog: Catalog, body: Any, path: str = "/v1/chat/completions", method: str = "POST", pieces: int = 1, **headers: str
+    catalog: Catalog,
+    body: Any,
+    path: str = "/v1/chat/completions",
+    method: str = "POST",
+    pieces: int = 1,
+    **headers: str,
 ) -> tuple[Any, str | None, list[tuple[str, str]]]:
     """What the application behind the gate was asked, the response's header, and what was counted."""
     raw = body if isinstance(body, bytes) else json.dumps(body).encode()
     size = -(-len(raw) // pieces)
     events = [
-        {"type": "http.request", "body": raw[i * size : (i + 1) * size], "more_body": i + 1 < pieces} for i in range(pieces)
+        {"type": "http.request", "body": raw[i * size : (i + 1) * size], "more_body": i + 1 < pieces}
+        for i in range(pieces)
     ]
     counted: list[tuple[str, str]] = []
     sent: list[Any] = []
