@@ -47,10 +47,13 @@ from peft_cartridges.corpus.sentences import split_sentences
 from peft_cartridges.evaluation.scoring import compare_rows, predictions, row_of_answer
 from peft_cartridges.evaluation.system import bare_system, prefix_system
 from peft_cartridges.gate import GENERAL_REQUESTS, Gate
+from peft_cartridges.hidden_states import pad_right
 
+ROOT = Path(__file__).parents[1]
 # The method and its constants were chosen on the first three; the others were only measured.
 CHOSEN_ON = ("qasper-8", "quality-0", "toefl-1")
 DOCUMENTS = (*CHOSEN_ON, "qasper-14", "quality-4", "toefl-8")
+OWN = ("lighthouse_handbook", "orchard_cooperative")  # of this repository
 COLLECTIONS = ("qasper", "quality", "toefl", "loogle")
 BEYOND_WINDOW = 30000  # characters of a longer text that questions are asked about
 
@@ -69,6 +72,10 @@ class Questions:
             for row in _rows(folder / f"{name}.jsonl"):
                 self.texts[row["id"]] = row["text"]
                 self.asked[row["id"]] = list(dict.fromkeys(pair["question"] for pair in row["questions"]))
+        for name in OWN:
+            self.texts[name] = (ROOT / "examples/data" / f"{name}.md").read_text(encoding="utf-8")
+            rows = _rows(ROOT / "examples/data" / f"{name}.questions.jsonl")
+            self.asked[name] = list(dict.fromkeys(row["question"] for row in rows))
         self.pairs = _rows(folder / "general.jsonl")
 
     def of(self, document: str, most: int) -> dict[str, list[str]]:
@@ -108,49 +115,58 @@ class Scorer:
     ) -> tuple[dict[str, list[float]], Gate]:
         gate = Gate.make(text, self.tokenizer)
         found = {"words": [gate.score(request) for request in requests]}
+        asked = len(requests)
         if "states" in self.args.methods:
-            near = [self._bare(line) for line in [*_sample(split_sentences(text), 128), *own_questions]]
-            far = [self._bare(line) for line in GENERAL_REQUESTS]
-            asked = [self._bare(line) for line in requests]
+            near = [*_sample(split_sentences(text), self.args.sentences), *own_questions]
+            read = self._bare([*near, *requests])
             for number, layer in enumerate(self.args.layers):
-                sides = [
-                    _unit(torch.stack([one[0][number] for one in group]), far, number) for group in (near, far, asked)
-                ]
-                to_text, to_general = (sides[2] @ side.T for side in sides[:2])
-                to_general[: len(far)].fill_diagonal_(-1)  # the general requests stand first: none is its own neighbour
+                states = torch.stack([one[0][number] for one in read])
+                # All states of a model point one way: around the mean of the general requests, they do not.
+                general = slice(len(near), len(near) + len(GENERAL_REQUESTS))
+                states = torch.nn.functional.normalize(states - states[general].mean(0), dim=-1)
+                to_text, to_general = (states[-asked:] @ side.T for side in (states[: len(near)], states[general]))
+                to_general.fill_diagonal_(-1)  # the general requests stand first: none is its own neighbour
                 closeness = [cosines.topk(3).values.mean(-1) for cosines in (to_text, to_general)]
                 found[f"states-{layer}"] = (closeness[0] - closeness[1]).tolist()
         if "first_token" in self.args.methods and prefix is not None:
-            rows = {name: [] for name in ("first_token_kl", "entropy", "likelihood")}
+            rows: dict[str, list[float]] = {name: [] for name in ("first_token_kl", "entropy", "likelihood")}
             with shared_prefix(self.model, prefix):
-                behind = [self._read(request) for request in requests]
-            for request, (_, first, nll) in zip(requests, behind, strict=True):
-                _, bare_first, bare_nll = self._bare(request)
+                behind = self._read(requests)
+            for (_, first, nll), (_, bare_first, bare_nll) in zip(behind, self._bare(requests), strict=True):
                 rows["first_token_kl"].append(float((first.exp() * (first - bare_first)).sum()))
                 rows["entropy"].append(float((first.exp() * first).sum() - (bare_first.exp() * bare_first).sum()))
                 rows["likelihood"].append(bare_nll - nll)
             found |= rows
         return found, gate
 
-    def _bare(self, request: str) -> tuple[Any, ...]:
-        if request not in self._seen:
-            self._seen[request] = self._read(request)
-        return self._seen[request]
+    def _bare(self, requests: Sequence[str]) -> list[tuple[Any, ...]]:
+        new = [request for request in dict.fromkeys(requests) if request not in self._seen]
+        self._seen |= dict(zip(new, self._read(new), strict=True))
+        return [self._seen[request] for request in requests]
 
     @torch.no_grad()
-    def _read(self, request: str) -> tuple[Any, ...]:
-        """Mean states of the request's tokens `[layers, hidden_size]`, log-probabilities of the first token of the answer
-        `[vocab_size]`, and the mean negative log-likelihood of the request's own tokens."""
-        ids = self.codec.encode_request([{"role": "user", "content": request}])
-        if len(ids) > self.args.max_request_tokens:  # the end opens the answer
-            ids = ids[: self.args.max_request_tokens - 5] + ids[-5:]
-        inputs = torch.tensor([ids])
-        output = self.model(inputs, output_hidden_states=True)
-        logits = output.logits[0].float().log_softmax(-1)
-        body = slice(3, max(4, len(ids) - 5))
-        states = torch.stack([output.hidden_states[layer][0, body].float().mean(0) for layer in self.args.layers])
-        nll = -logits[:-1].gather(-1, inputs[0, 1:, None])[body].mean()
-        return states, logits[-1], float(nll)
+    def _read(self, requests: Sequence[str]) -> list[tuple[Any, ...]]:
+        """Of each request: mean states of its tokens `[layers, hidden_size]`, log-probabilities of the first token of the
+        answer `[vocab_size]`, and the mean negative log-likelihood of its own tokens."""
+        rows = []
+        for request in requests:
+            ids = self.codec.encode_request([{"role": "user", "content": request}])
+            if len(ids) > self.args.max_request_tokens:  # the end opens the answer
+                ids = ids[: self.args.max_request_tokens - 5] + ids[-5:]
+            rows.append(ids)
+        found: list[tuple[Any, ...]] = [()] * len(rows)
+        order = sorted(range(len(rows)), key=lambda index: len(rows[index]))
+        for start in range(0, len(order), 8):
+            batch = order[start : start + 8]
+            output = self.model(pad_right([rows[index] for index in batch]), output_hidden_states=True)
+            for place, index in enumerate(batch):
+                ids = torch.tensor(rows[index])
+                logits = output.logits[place, : len(ids)].float().log_softmax(-1)
+                body = slice(3, max(4, len(ids) - 5))
+                states = [output.hidden_states[layer][place, body].float().mean(0) for layer in self.args.layers]
+                nll = -logits[:-1].gather(-1, ids[1:, None])[body].mean()
+                found[index] = (torch.stack(states), logits[-1].clone(), float(nll))
+        return found
 
 
 def measure(args: argparse.Namespace) -> None:
@@ -169,7 +185,8 @@ def measure(args: argparse.Namespace) -> None:
             prefix = _untrained(scorer, text)
         kinds = questions.of(document, args.most)
         started = time.process_time()
-        found, gate = scorer.scores(text, own_questions, prefix, [*GENERAL_REQUESTS, *sum(kinds.values(), [])])
+        requests = [*GENERAL_REQUESTS, *(one for asked in kinds.values() for one in asked)]
+        found, gate = scorer.scores(text, own_questions, prefix, requests)
         record: dict[str, Any] = {
             "document": document, "words": len(gate.words), "questions_of_its_own": len(own_questions),
             "methods": {}, "processor_seconds": round(time.process_time() - started, 2),
@@ -281,18 +298,12 @@ def _untrained(scorer: Scorer, text: str) -> KVPrefix:
     return prefix
 
 
-def _unit(states: torch.Tensor, far: Sequence[Any], number: int) -> torch.Tensor:
-    """Of length one, around the mean of the general requests: all states of a model point one way."""
-    centred = states - torch.stack([one[0][number] for one in far]).mean(0)
-    return torch.nn.functional.normalize(centred, dim=-1)
-
-
 def _sample(lines: Sequence[str], most: int) -> list[str]:
     return list(lines) if len(lines) <= most else random.Random(0).sample(list(lines), most)
 
 
 def _collection(document: str) -> str:
-    return document.split("-")[0]
+    return "own" if document in OWN else document.split("-")[0]
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:
@@ -304,6 +315,7 @@ def main() -> None:
     parser.add_argument("data", nargs="?", type=Path, metavar="DATA")
     parser.add_argument("--documents", nargs="+", default=list(DOCUMENTS), help="`all` takes all of them")
     parser.add_argument("--methods", nargs="+", default=["words", "states", "first_token"])
+    parser.add_argument("--sentences", type=int, default=128, help="of the text, among which `states` looks")
     parser.add_argument("--layers", type=int, nargs="+", default=[10, 20, 30], help="behind which `states` looks")
     parser.add_argument("--conversations", type=int, default=48, help="of self-study, for `states`; 0: the text alone")
     parser.add_argument("--general-kl", type=int, default=0, metavar="N", help="seed tasks to measure the KL on")

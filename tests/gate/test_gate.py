@@ -12,12 +12,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from peft_cartridges import Gate
+from peft_cartridges import Gate, KVPrefix
 from peft_cartridges.gate import GATE_FILE, GENERAL_REQUESTS, TEXT_QUESTIONS, any_accepts, load_gate
 from peft_cartridges.gate.gate import split_words
 from tests.exactness import cartridge_model
 from tests.tiny_models import tiny_model, tiny_tokenizer
-from peft_cartridges import KVPrefix
 
 TOKENIZER = tiny_tokenizer()
 TEXT = "The keeper of the lighthouse counts ships. Ships pass the lighthouse at night; the keeper, Ingrid, counts them."
@@ -101,7 +100,7 @@ def test_scripts_without_spaces_have_their_characters() -> None:
 
 def test_it_comes_back_from_its_file(gate: Gate, tmp_path: Path) -> None:
     assert load_gate(tmp_path) is None
-    with pytest.raises(FileNotFoundError, match="no gate .* cartridges gate"):
+    with pytest.raises(FileNotFoundError, match=r"no gate .* cartridges gate"):
         Gate.from_pretrained(tmp_path)
     path = gate.save_pretrained(tmp_path)
     assert path.name == GATE_FILE and path.stat().st_size < 12 * len(gate.words) + 1024

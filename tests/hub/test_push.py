@@ -67,7 +67,7 @@ def test_the_gate_goes_with_it_and_comes_back(hub: LocalHub, tmp_path: Path) -> 
     assert json.loads(pushed["cartridge.json"])["gate"]["num_general"] == gate.num_general
     assert Gate.from_pretrained("user/handbook").threshold == gate.threshold
     (folder / "gate.safetensors").write_bytes(b"x" * 50)
-    with pytest.raises(ValueError, match="gate.safetensors is damaged"):
+    with pytest.raises(ValueError, match=r"gate\.safetensors is damaged"):
         push_cartridge(folder, "user/handbook")
 
 
