@@ -113,7 +113,7 @@ class Scorer:
     def scores(
         self, text: str, own_questions: Sequence[str], prefix: KVPrefix | None, requests: Sequence[str]
     ) -> tuple[dict[str, list[float]], Gate]:
-        gate = Gate.make(text, self.tokenizer)
+        gate = Gate.make(text, self.tokenizer, reject_general=self.args.reject_general)
         found = {"words": [gate.score(request) for request in requests]}
         asked = len(requests)
         if "states" in self.args.methods:
@@ -319,7 +319,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, nargs="+", default=[10, 20, 30], help="behind which `states` looks")
     parser.add_argument("--conversations", type=int, default=48, help="of self-study, for `states`; 0: the text alone")
     parser.add_argument("--general-kl", type=int, default=0, metavar="N", help="seed tasks to measure the KL on")
-    parser.add_argument("--reject-general", type=float, default=0.9)
+    parser.add_argument("--reject-general", type=float, default=0.85)
     parser.add_argument("--most", type=int, default=100, help="questions on other documents, of either kind")
     parser.add_argument("--max-request-tokens", type=int, default=160)
     parser.add_argument("--model", default=harness.DEFAULT_MODEL)

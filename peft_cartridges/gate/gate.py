@@ -46,7 +46,7 @@ _UNSPACED = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}
 _WORD = regex.compile(rf"[{_UNSPACED}]\p{{M}}*|[\w--[{_UNSPACED}]]+", regex.V1)
 # Of what is said about a text: the share in the text's own words, and in those of any question about a text ("the author",
 # "the passage"); the rest is language at large.
-_TEXT_SHARE, _QUESTION_SHARE = 0.6, 0.1
+_TEXT_SHARE, _QUESTION_SHARE = 0.7, 0.2
 # Zipf's law for the place of a word's token in the vocabulary, which is in the order of how often pairs were merged.
 _ZIPF_OFFSET = 50
 # A message of fewer words is a part of what was asked before it.
@@ -87,7 +87,7 @@ class Gate:
         processing_class: Any,
         *,
         general: Sequence[str] = GENERAL_REQUESTS,
-        reject_general: float = 0.9,
+        reject_general: float = 0.85,
     ) -> Gate:
         """The gate of a text.
 
