@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from .chat import ChatCodec, cartridge_chat_template
     from .conversations import load_self_study
     from .evaluation import EvaluationConfig, evaluate_cartridge, gold_answer_nll
+    from .gate import Gate
     from .hub import (
         HubError,
         check_base_model,
@@ -41,6 +42,7 @@ __version__ = "0.1.0"
 
 _LAZY = {
     "EvaluationConfig": "evaluation",
+    "Gate": "gate",
     "HubError": "hub",
     "KVPrefix": "kv_prefix",
     "SelfStudyConfig": "trainer",
@@ -69,6 +71,7 @@ __all__ = [
     "CartridgeModel",
     "ChatCodec",
     "EvaluationConfig",
+    "Gate",
     "HubError",
     "KVPrefix",
     "SelfStudyConfig",

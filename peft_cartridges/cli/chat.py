@@ -12,7 +12,10 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from ..gate import Gate
 
 Message = dict[str, str]
 
@@ -33,6 +36,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--api-key", help="the server's key (default: $OPENAI_API_KEY)")
     parser.add_argument("--base-model", help="name or folder of the base model, if not the one that the cartridge says")
     parser.add_argument("--corpus", type=Path, help="file with the full text, for /compare")
+    parser.add_argument(
+        "--gate", choices=("auto", "off"), default="auto",
+        help="auto: what the cartridge's gate rejects is answered without it (a server decides by its own --gate)",
+    )  # fmt: skip
     parser.add_argument("--max-new-tokens", type=int, default=256)
     parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token (default)")
 
@@ -53,6 +60,9 @@ class Engine(Protocol):
 
     def size(self, cartridge: str) -> tuple[int, int]:
         """Tokens and bytes of a cartridge."""
+
+    def accepts(self, messages: list[Message], cartridge: str) -> bool:
+        """Whether the gate of a cartridge lets the last question through to it."""
 
 
 class Chat:
@@ -126,7 +136,8 @@ class Chat:
     def _reply(self, question: str, write: Callable[..., None]) -> None:
         asked = [*self.messages, {"role": "user", "content": question}]
         pieces, started, first = [], time.perf_counter(), None
-        for piece in self.engine.answer(asked, self.cartridge):
+        rejected = self.cartridge is not None and not self.engine.accepts(asked, self.cartridge)
+        for piece in self.engine.answer(asked, None if rejected else self.cartridge):
             first = first or time.perf_counter()
             pieces.append(piece)
             write(piece, end="", flush=True)
@@ -134,7 +145,8 @@ class Chat:
         self.messages = [*asked, {"role": "assistant", "content": "".join(pieces)}]
         end = time.perf_counter()
         speed = f"{(len(pieces) - 1) / (end - first):.1f} tokens/s, " if first and len(pieces) > 1 else ""
-        write(f"\n  [{self._status()}; {speed}first after {(first or end) - started:.2f} s]")
+        status = f"no cartridge: not about {self.cartridge}, says its gate" if rejected else self._status()
+        write(f"\n  [{status}; {speed}first after {(first or end) - started:.2f} s]")
 
     def _status(self) -> str:
         if self.cartridge is None:
@@ -152,6 +164,7 @@ class LocalEngine:
 
         from ..adapter_folder import read_cartridge
         from ..chat import with_cartridge_chat_template
+        from ..gate import load_gate
         from ..hub import check_base_model, load_cartridge, load_facts
         from ..hub.pull import find_cartridge
         from ..serving.catalog import split_revision
@@ -159,6 +172,7 @@ class LocalEngine:
         self.names: list[str] = []
         self._sizes: dict[str, tuple[int, int]] = {}
         self._tokenizers: dict[str, Any] = {}
+        self._gates: dict[str, Gate | None] = {}
         self._options = {"max_new_tokens": args.max_new_tokens, "do_sample": args.temperature > 0}
         if args.temperature > 0:
             self._options["temperature"] = args.temperature
@@ -184,10 +198,16 @@ class LocalEngine:
             self._tokenizers[name] = (
                 with_cartridge_chat_template(self._base_tokenizer) if behind else self._base_tokenizer
             )
+            self._gates[name] = load_gate(folder) if args.gate == "auto" else None
             self.names.append(name)
 
     def size(self, cartridge: str) -> tuple[int, int]:
         return self._sizes[cartridge]
+
+    def accepts(self, messages: list[Message], cartridge: str) -> bool:
+        from ..gate import any_accepts
+
+        return any_accepts([self._gates[name] for name in cartridge.split("+")], messages)
 
     def answer(self, messages: list[Message], cartridge: str | None) -> Iterator[str]:
         from transformers import TextIteratorStreamer
@@ -242,6 +262,9 @@ class ServerEngine:
 
     def size(self, cartridge: str) -> tuple[int, int]:
         return self._sizes.get(cartridge, (0, 0))
+
+    def accepts(self, messages: list[Message], cartridge: str) -> bool:
+        return True  # the server has the gate
 
     def answer(self, messages: list[Message], cartridge: str | None) -> Iterator[str]:
         from ..serving.http import stream_chat

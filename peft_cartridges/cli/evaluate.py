@@ -19,7 +19,9 @@ from ..evaluation.instructions import make_instructions
 from ..evaluation.judge import Judge
 from ..evaluation.report import EvaluationReport
 from ..evaluation.tasks import TASKS, general_choices, general_pairs, instruction_rows, load_task, unanswerable_from
+from ..gate import load_gate
 from ..hub import load_cartridge
+from ..hub.pull import find_cartridge
 from ..self_study.processes import partial_state
 
 
@@ -27,6 +29,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("cartridge", help="a folder, or a name on the Hub (user/name[@revision])")
     parser.add_argument("--base-model", help="name or folder of the base model, instead of the one the cartridge names")
     parser.add_argument("--dtype", default="auto", help="of the base model, e.g. bfloat16")
+    parser.add_argument(
+        "--gate", choices=("auto", "off"), default="auto", help="auto: also measured behind its gate, if it has one"
+    )
     parser.add_argument("--device", help="e.g. cuda:1; by default the accelerator if there is one, else the CPU")
     parser.add_argument("--output", type=Path, metavar="FILE", help="write the figures there as JSON")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="plot the gap closed against the size, e.g. gap.png")
@@ -107,6 +112,7 @@ def _run(args: argparse.Namespace) -> None:
         general_choices=choices, instructions=instructions, unanswerable=unanswerable,
         conversations=_conversations(args.conversations) if args.conversations else None,
         baselines=list(BASELINES) if args.baselines == ["all"] else args.baselines, bench=bench, base_processing_class=base_tokenizer, judge=judge,
+        gate=load_gate(find_cartridge(name, revision=revision or None)) if args.gate == "auto" else None,
         args=config, command=shlex.join(["cartridges", *sys.argv[1:]]), progress=lambda name: print(name, file=sys.stderr),
     )  # fmt: skip
     print(report.table())

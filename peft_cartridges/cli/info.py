@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import math
 from pathlib import Path
 
@@ -11,8 +12,9 @@ from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
 from huggingface_hub.errors import EntryNotFoundError
 
 from ..adapter_folder import CONFIG_FILE, WEIGHTS_FILE, read_config
+from ..gate import GATE_FILE
 from ..hub import load_facts
-from ..hub.card_facts import FACTS_FILE, CardFacts
+from ..hub.card_facts import FACTS_FILE, CardFacts, gate_facts
 from ..hub.model_card import is_hub_name
 from ..hub_errors import hub_errors
 from ..tuner import CartridgeConfig
@@ -28,7 +30,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     folder, num_bytes = _local(args.cartridge) if Path(args.cartridge).is_dir() else _on_the_hub(args)
-    found = describe_cartridge(read_config(folder), load_facts(folder), num_bytes)
+    facts = dataclasses.replace(load_facts(folder), gate=gate_facts(folder))
+    found = describe_cartridge(read_config(folder), facts, num_bytes)
     width = max(len(label) for label, _ in found) + 2
     for label, value in found:
         print(f"{label + ':':<{width}}{value}")
@@ -52,6 +55,9 @@ def describe_cartridge(config: CartridgeConfig, facts: CardFacts, num_bytes: int
     conversations = facts.num_conversations and f"{facts.num_conversations:,}" + (f" ({kinds})" if kinds else "")
     recipe = ", ".join(f"{name} {facts.recipe[name]}" for name in _RECIPE if name in facts.recipe)
     base = facts.base_model or config.base_model_name_or_path
+    gate = (
+        facts.gate and f"rejects {facts.gate.general_rejected:.0%} of {facts.gate.num_general:,} requests off the text"
+    )
     found = [
         ("base model", "@".join(filter(None, (base, facts.base_model_revision and facts.base_model_revision[:12])))),
         ("tokens", f"{config.num_tokens or 0:,}{trained}"),
@@ -60,6 +66,7 @@ def describe_cartridge(config: CartridgeConfig, facts: CardFacts, num_bytes: int
         ("conversations", conversations),
         ("recipe", recipe),
         *((f"{metric.type or metric.name}", _measured(metric.value, metric.note)) for metric in facts.metrics),
+        ("gate", gate),
         ("parts", ", ".join(part.name for part in facts.parts)),
         ("licence", facts.license),
     ]
@@ -87,7 +94,8 @@ def _on_the_hub(args: argparse.Namespace) -> tuple[Path, int | None]:
         raise ValueError(f"{name!r} is neither a folder nor a name on the Hub (`user/name`).")
     with hub_errors(name, args.revision):
         config = hf_hub_download(name, CONFIG_FILE, revision=args.revision)
-        with contextlib.suppress(EntryNotFoundError):  # stock PEFT and other tools write none
-            hf_hub_download(name, FACTS_FILE, revision=args.revision)
+        for file in (FACTS_FILE, GATE_FILE):
+            with contextlib.suppress(EntryNotFoundError):  # stock PEFT and other tools write none
+                hf_hub_download(name, file, revision=args.revision)
         weights = get_hf_file_metadata(hf_hub_url(name, WEIGHTS_FILE, revision=args.revision))
     return Path(config).parent, weights.size

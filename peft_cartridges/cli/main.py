@@ -19,6 +19,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "cost": ("cost", "What a cartridge costs to make and to serve, and when it pays."),
     "estimate": ("estimate", "Say what a project takes: disk, memory and time."),
     "evaluate": ("evaluate", "Measure a cartridge on its text and off it, beside what one would do instead."),
+    "gate": ("gate", "Make a cartridge's gate, which tells requests about its text from others."),
     "info": ("info", "Tell what a cartridge is, without loading it."),
     "list": ("list", "List the cartridges on the Hub."),
     "pull": ("pull", "Fetch a cartridge from the Hub and check it."),

@@ -27,6 +27,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--engine", choices=("vllm", "transformers"), default=None,
         help="what computes (default: vllm where it is installed)",
     )  # fmt: skip
+    parser.add_argument(
+        "--gate", choices=("auto", "off"), default="auto",
+        help="auto: a request that the cartridge's gate rejects is answered by the base model, without the cartridge; a "
+        "cartridge without a gate takes all (default: auto)",
+    )  # fmt: skip
     group = parser.add_argument_group("memory and limits")
     group.add_argument("--store", type=Path, help="folder for checked copies of the cartridges (default: temporary)")
     group.add_argument(
@@ -71,6 +76,7 @@ def run(args: argparse.Namespace) -> None:
         load_seconds=args.cartridge_load_seconds,
         sources=Sources(tuple(args.cartridge_root), tuple(args.cartridge_namespace)),
         tenants=args.tenants,
+        gate=args.gate == "auto",
         admin_key=_admin_key(args.admin_key_file),
     )
     has_vllm = importlib.util.find_spec("vllm") is not None

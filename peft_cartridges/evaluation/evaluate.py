@@ -13,9 +13,11 @@ from typing import Any
 from peft import PeftModel
 from torch import nn
 
+from ..gate import Gate
 from .baselines import Bench, get_baseline
 from .config import EvaluationConfig
 from .documents import Question, question_from_row
+from .gated import gated_result
 from .instructions import Instruction, instructions_from_rows
 from .judge import Judge
 from .measurements import Material, Measuring
@@ -44,6 +46,7 @@ def evaluate_cartridge(
     bench: Mapping[str, Any] | None = None,
     base_processing_class: Any = None,
     judge: Judge | None = None,
+    gate: Gate | None = None,
     args: EvaluationConfig | None = None,
     command: str = "",
     progress: Callable[[str], None] | None = None,
@@ -66,6 +69,7 @@ def evaluate_cartridge(
         base_processing_class: The base model's own tokenizer, for what is measured without the cartridge; by default
             `processing_class`, whose chat template may lack the default system prompt.
         judge: Grades generated answers.
+        gate: The cartridge's: the report then has it a second time, with the bare model where the gate rejects.
         args: What is measured, and how much of it.
         command: Kept in the report.
         progress: Called with each system's name as it begins.
@@ -80,7 +84,7 @@ def evaluate_cartridge(
     return evaluate_systems(
         [system], made, questions=questions, conversations=conversations, general=general,
         general_choices=general_choices, instructions=instructions, unanswerable=unanswerable, baselines=baselines,
-        judge=judge, args=args, command=command, progress=progress,
+        judge=judge, gates={} if gate is None else {system.name: gate}, args=args, command=command, progress=progress,
     )  # fmt: skip
 
 
@@ -96,6 +100,7 @@ def evaluate_systems(
     unanswerable: Rows = (),
     baselines: Sequence[str] = DEFAULT_BASELINES,
     judge: Judge | None = None,
+    gates: Mapping[str, Gate] | None = None,
     args: EvaluationConfig | None = None,
     command: str = "",
     progress: Callable[[str], None] | None = None,
@@ -106,6 +111,7 @@ def evaluate_systems(
     the report with the reason.
 
     Args:
+        gates: By the name of a system: it stands in the report a second time, behind its gate.
         kept: Results of an earlier run with the same arguments, by the names that `finished` was called with; they are
             taken as they are.
         finished: Called with each result as it is there, to keep it.
@@ -156,7 +162,11 @@ def evaluate_systems(
             done[name] = SystemResult(name.replace("_", " "), reason=str(error))
         if finished is not None:
             finished(name, done[name])
-    results = [done[name] for name in made]
+    results = []
+    for name in made:
+        results.append(done[name])
+        if name in (gates or {}) and done[name].reason is None:
+            results.append(gated_result(done[name], done["no_context"], (gates or {})[name], measuring))
     return EvaluationReport(
         results, len(bench.text_ids), {**asdict(args), "dtype": str(next(bench.model.parameters()).dtype)},
         _versions(bench.model), command,

@@ -91,6 +91,11 @@ class Measuring:
             self._rows = list(self.material.conversations) or self._own_answers(self.full_text)
             self._states = predictions(self.full_text, self._rows, **size)
 
+    @property
+    def rows(self) -> Sequence[Row]:
+        """What the KL from the text in context is measured on."""
+        return self._rows
+
     def on_context(self, system: System) -> dict[str, Items]:
         """`gold_nll`; `teacher_kl` and `teacher_agreement` (with the text in context) where that is possible;
         `choice_accuracy` where there are options; generated answers."""

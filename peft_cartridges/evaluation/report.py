@@ -24,10 +24,12 @@ ON_CONTEXT: dict[str, tuple[str, str, bool]] = {
     "rouge_l": ("ROUGE-L", ".2f", True),
     "chrf": ("chrF", ".2f", True),
     "judged_right": ("judged right", ".0%", True),
+    "gate_accepted": ("accepted by the gate", ".0%", True),
 }
 OFF_CONTEXT: dict[str, tuple[str, str, bool]] = {
     "general_kl": ("KL from the bare model", ".3f", False),
     "general_agreement": ("top-1 agreement with it", ".0%", True),
+    "gate_rejected": ("rejected by the gate", ".0%", True),
     "general_nll": ("NLL on general prompts", ".3f", False),
     "general_choice_accuracy": ("general multiple choice", ".0%", True),
     "instructions_followed": ("instructions followed", ".0%", True),

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ..atomic_files import write_text
+from ..gate import load_gate
 
 FACTS_FILE = "cartridge.json"
 _FORMAT_VERSION = 1
@@ -54,6 +55,21 @@ class Part:
     revision: str | None = None
     corpus_name: str | None = None
     metrics: list[Metric] = field(default_factory=list)
+
+
+@dataclass
+class GateFacts:
+    """The gate beside the cartridge.
+
+    Args:
+        words: How many words of the text it knows.
+        general_rejected: Of the requests that set its threshold, the share that it rejects.
+        num_general: How many these were.
+    """
+
+    words: int
+    general_rejected: float
+    num_general: int
 
 
 @dataclass
@@ -102,6 +118,7 @@ class CardFacts:
         limits: What a user should know before relying on it, a sentence each.
         tags: Further tags for the Hub.
         question: A question that the cartridge can answer, for the usage block.
+        gate: Of the gate beside it, if there is one.
     """
 
     title: str | None = None
@@ -132,6 +149,17 @@ class CardFacts:
     limits: list[str] = field(default_factory=list)
     tags: list[str] = field(default_factory=list)
     question: str | None = None
+    gate: GateFacts | None = None
+
+
+def gate_facts(folder: str | Path) -> GateFacts | None:
+    """Of the gate in a cartridge's folder.
+
+    Raises:
+        ValueError: as `load_gate`.
+    """
+    gate = load_gate(folder)
+    return None if gate is None else GateFacts(len(gate.words), gate.general_rejected, gate.num_general)
 
 
 def save_facts(facts: CardFacts, folder: str | Path) -> Path:

@@ -147,6 +147,9 @@ def _overview(facts: CardFacts) -> str:
     if facts.kv_bytes:
         whole = f"; the text in context: {size_text(facts.in_context_kv_bytes)}" if facts.in_context_kv_bytes else ""
         rows.append(("Keys and values", size_text(facts.kv_bytes) + whole))
+    if facts.gate:
+        rejected = f"{facts.gate.general_rejected:.0%} of {facts.gate.num_general:,} requests off the text"
+        rows.append(("Gate (`gate.safetensors`)", f"knows {facts.gate.words:,} words of the text; rejects {rejected}"))
     if facts.corpus_sha256:
         rows.append(("SHA-256 of the text", f"`{_code(facts.corpus_sha256)}`"))
     figure = _image("Memory, against the text in context", facts.memory_figure)

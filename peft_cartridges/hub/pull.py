@@ -13,13 +13,14 @@ from huggingface_hub import HfApi, constants, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, RevisionNotFoundError
 
 from ..adapter_folder import CONFIG_FILE, WEIGHTS_FILE, missing_weights, read_cartridge
+from ..gate import GATE_FILE, load_gate
 from ..hub_errors import HubError, hub_errors, is_network_error
 from .card_facts import FACTS_FILE
 from .model_card import is_hub_name
 
 # Figures of the card, beside it.
 IMAGE_FILE = re.compile(r"[\w-][\w.-]*\.(png|jpe?g|gif|webp|svg)", re.IGNORECASE)
-CARTRIDGE_FILES = (CONFIG_FILE, WEIGHTS_FILE, FACTS_FILE, "README.md")
+CARTRIDGE_FILES = (CONFIG_FILE, WEIGHTS_FILE, FACTS_FILE, GATE_FILE, "README.md")
 _MAX_BYTES = 32 << 30
 
 
@@ -36,8 +37,8 @@ def pull_cartridge(
 ) -> Path:
     """Fetches a cartridge and checks it; what is in the cache already is not fetched again.
 
-    Only `adapter_config.json`, `adapter_model.safetensors`, `cartridge.json`, the card and images beside it are
-    fetched, whatever else the repository holds. In offline mode, or when the Hub cannot be reached, the cache serves.
+    Only `adapter_config.json`, `adapter_model.safetensors`, `cartridge.json`, `gate.safetensors`, the card and images
+    beside it are fetched, whatever else the repository holds. In offline mode, or when the Hub cannot be reached, the cache serves.
 
     Args:
         repo_id: The cartridge's name on the Hub.
@@ -74,6 +75,7 @@ def pull_cartridge(
     if not (folder / CONFIG_FILE).exists() and names is None:
         raise HubError(f"`{repo_id}` is in the cache without its {CONFIG_FILE}: fetch it once while online.")
     read_cartridge(folder)
+    load_gate(folder)
     return folder if output_dir is None else _copy(folder, Path(output_dir))
 
 

@@ -15,11 +15,12 @@ from peft import PeftModel
 
 from ..adapter_folder import CONFIG_FILE, WEIGHTS_FILE, read_cartridge
 from ..atomic_files import write_text
+from ..gate import GATE_FILE
 from ..hub_errors import HubError, hub_errors
 from ..kv_prefix import KVPrefix
 from ..tuner import CartridgeConfig, CartridgeModel
 from .base_model import identify_base_model
-from .card_facts import FACTS_FILE, CardFacts, current_package_versions, load_facts, save_facts
+from .card_facts import FACTS_FILE, CardFacts, current_package_versions, gate_facts, load_facts, save_facts
 from .memory_figure import add_memory_figure
 from .model_card import is_edited, is_hub_name, write_model_card
 from .pull import IMAGE_FILE
@@ -65,7 +66,7 @@ def push_cartridge(
     dry_run: bool = False,
 ) -> Push:
     """Uploads a cartridge with its card: `adapter_config.json`, `adapter_model.safetensors`, `cartridge.json`,
-    `README.md` and images beside it. Corpora, conversations, checkpoints and whatever else lies in the folder stay
+    `gate.safetensors`, `README.md` and images beside it. Corpora, conversations, checkpoints and whatever else lies in the folder stay
     where they are, unless `include` names them.
 
     Args:
@@ -120,7 +121,7 @@ def _stage(source: str | Path | PeftModel, folder: Path, include: tuple[str, ...
         if not (Path(source) / extra).is_file() or Path(extra).name != extra:
             raise FileNotFoundError(f"`include` names {extra!r}, which is no file in {source}.")
     for file in Path(source).iterdir():
-        wanted = file.name in (CONFIG_FILE, WEIGHTS_FILE, FACTS_FILE, "README.md", *include)
+        wanted = file.name in (CONFIG_FILE, WEIGHTS_FILE, FACTS_FILE, GATE_FILE, "README.md", *include)
         if file.is_file() and (wanted or IMAGE_FILE.fullmatch(file.name)):
             shutil.copyfile(file, folder / file.name)
 
@@ -134,7 +135,7 @@ def _complete(
     name = find_base_name(
         [base_model, facts.base_model, config.base_model_name_or_path], "pass `base_model='user/name'`"
     )
-    facts = dataclasses.replace(facts, repo_id=repo_id, base_model=name)
+    facts = dataclasses.replace(facts, repo_id=repo_id, base_model=name, gate=gate_facts(folder))
     edited = is_edited(folder)
     if not edited:
         facts = add_memory_figure(facts, folder)

@@ -14,9 +14,11 @@ from collections import OrderedDict
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from ..adapter_folder import WEIGHTS_FILE, read_cartridge
 from ..composition import NamedCartridge, join_cartridges
+from ..gate import Gate, load_gate
 from ..hub import pull_cartridge
 from ..hub.model_card import is_hub_name
 from ..tuner.config import CartridgeConfig
@@ -49,16 +51,35 @@ class Limits:
 
 @dataclass(eq=False)
 class Entry:
-    """A cartridge that is served under a name."""
+    """A cartridge that is served under a name.
+
+    Args:
+        gates: Its gate, or those of a composition's parts; empty where it takes all requests.
+        decisions: How many requests the gates accepted and rejected.
+    """
 
     name: str
     source: str
     stored: StoredCartridge
     config: CartridgeConfig
     chat_template: str | None
+    gates: tuple[Gate, ...] = ()
+    decisions: dict[str, int] = field(default_factory=lambda: {"accepted": 0, "rejected": 0})
     created: int = field(default_factory=lambda: int(time.time()))
     requests: int = 0  # that are being answered now
     removed: bool = False
+
+    def describe(self) -> dict[str, Any]:
+        """What `GET /v1/cartridges` tells of it."""
+        return {
+            "id": self.name,
+            "object": "cartridge",
+            "created": self.created,
+            "num_tokens": self.stored.num_tokens,
+            "bytes": self.stored.nbytes,
+            "sha256": self.stored.digest,
+            "gate": dict(self.decisions) if self.gates else None,
+        }
 
 
 @dataclass(frozen=True)
@@ -160,9 +181,11 @@ class Catalog:
         config, prefix = read_cartridge(folder)
         self._check(name, config, folder)
         stored = self.store.add(prefix, _model_layers(config))
+        gate = load_gate(folder)
         entry = Entry(
-            name, f"{source}@{revision}" if revision else source, stored, config, self.base.chat_template(folder)
-        )
+            name, f"{source}@{revision}" if revision else source, stored, config, self.base.chat_template(folder),
+            () if gate is None else (gate,),
+        )  # fmt: skip
         with self._lock:
             if not replace and name in self._entries:
                 raise ValueError(f"There is a cartridge {name!r} already.")
@@ -244,7 +267,8 @@ class Catalog:
         if len(templates) > 1:
             raise ValueError(f"The parts of {name!r} were trained behind different chat templates.")
         stored = self.store.add(prefix, parts[0].stored.layers)
-        entry = Entry(name, name, stored, config, templates.pop())
+        gates = [part.gates for part in parts]
+        entry = Entry(name, name, stored, config, templates.pop(), sum(gates, ()) if all(gates) else ())
         try:
             self._make_room(entry)
         except ValueError:

@@ -20,6 +20,7 @@ class ServerSettings:
     load_seconds: How long one that is loaded at run time may take.
     sources: Where such a one may come from.
     tenants: A file of tenants (see `read_tenants`).
+    gate: Whether requests that a cartridge's gate rejects are answered by the base model.
     admin_key: The key of who may load and unload; None leaves those endpoints out.
     """
 
@@ -32,4 +33,5 @@ class ServerSettings:
     load_seconds: float = 300.0
     sources: Sources = field(default_factory=Sources)
     tenants: Path | None = None
+    gate: bool = True
     admin_key: str | None = None

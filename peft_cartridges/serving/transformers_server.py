@@ -20,6 +20,7 @@ from ..attention import shared_prefix
 from .access import AccessMiddleware, Keys, allowed_names
 from .base_model import BaseModelFacts
 from .catalog import Catalog, Entry, Limits, split_revision
+from .gating import GateMiddleware
 from .settings import ServerSettings
 from .store import CartridgeStore
 
@@ -62,7 +63,8 @@ def run(settings: ServerSettings, arguments: Sequence[str] = ()) -> None:
         for name, source in settings.cartridges.items():
             path, revision = split_revision(source)
             catalog.load(name, path, revision=revision)
-        app = build(catalog, args.served_model_name or settings.base, args.device, args.dtype, keys)
+        name = args.served_model_name or settings.base
+        app = build(catalog, name, args.device, args.dtype, keys, gate=settings.gate)
         uvicorn.run(app, host=args.host, port=args.port, log_level=args.log_level)
 
 
@@ -90,7 +92,7 @@ def _validate(own: Callable[[dict[str, Any]], None], body: dict[str, Any]) -> No
     own(body)
 
 
-def build(catalog: Catalog, name: str, device: str, dtype: str, keys: Keys) -> Any:
+def build(catalog: Catalog, name: str, device: str, dtype: str, keys: Keys, *, gate: bool = True) -> Any:
     """transformers' application, whose models are the base and its cartridges."""
     from fastapi import HTTPException
     from transformers.cli.serving import chat_completion, completion, model_manager, response, server, utils
@@ -181,5 +183,14 @@ def build(catalog: Catalog, name: str, device: str, dtype: str, keys: Keys) -> A
         handler._validate_request = functools.partial(_validate, handler._validate_request)
     app = server.build_server(manager, chat, generation_state=state, **handlers)
     app.router.routes[:] = [route for route in app.router.routes if getattr(route, "path", "") not in _CLOSED_PATHS]
-    app.add_middleware(AccessMiddleware, keys=keys)
+
+    @app.get("/v1/cartridges")
+    async def cartridges() -> dict[str, Any]:
+        allowed = allowed_names()
+        listed = [entry for entry in catalog.entries() if allowed is None or entry.name in allowed]
+        return {"object": "list", "data": [entry.describe() for entry in listed]}
+
+    if gate:
+        app.add_middleware(GateMiddleware, catalog=catalog, base_name=name)
+    app.add_middleware(AccessMiddleware, keys=keys)  # the outermost: it says who asks
     return app

@@ -40,6 +40,7 @@ from .access import CURRENT, AccessMiddleware, Keys, allowed_names, error_body
 from .base_model import BaseModelFacts
 from .catalog import JOIN, Catalog, Entry, Limits, Sources, split_revision
 from .engine_requests import CartridgeAdapter, behind_cartridge, cache_salt, connector_config, without_placeholders
+from .gating import GateMiddleware
 from .settings import ServerSettings
 from .store import CartridgeStore
 
@@ -157,7 +158,10 @@ async def build(engine: CartridgeEngine, args: Namespace, keys: Keys, settings: 
     renderer.preprocess_chat = preprocess_chat
     _add_routes(app, engine, settings)
     # Outermost, also around what vLLM put together already (after which `add_middleware` is refused).
-    app.middleware_stack = AccessMiddleware(app.middleware_stack or app.build_middleware_stack(), keys)
+    stack: Any = app.middleware_stack or app.build_middleware_stack()
+    if settings.gate:
+        stack = GateMiddleware(stack, engine.catalog, models.base_model_paths[0].name, engine.count_decision)
+    app.middleware_stack = AccessMiddleware(stack, keys)
     return app
 
 
@@ -172,6 +176,9 @@ class CartridgeEngine(AsyncLLM):
         self._secret = secrets.token_bytes(32)
         self._requests = prometheus_client.Counter(
             "vllm:cartridge_requests", "Requests by cartridge; compositions are counted together.", ["cartridge"]
+        )
+        self._decisions = prometheus_client.Counter(
+            "vllm:cartridge_gate", "Requests that a cartridge's gate accepted or rejected.", ["cartridge", "decision"]
         )
 
     def generate(  # not `async`: what is refused is refused before a stream has begun
@@ -199,7 +206,7 @@ class CartridgeEngine(AsyncLLM):
             max_model_len=self.model_config.max_model_len,
         )
         if not request_id.startswith(_TRY):
-            self._requests.labels("(compositions)" if JOIN in entry.name else entry.name).inc()
+            self._requests.labels(_label(entry)).inc()
         return self._answer(entry, super().generate(prompt, sampling_params, request_id, **options))
 
     async def _answer(
@@ -218,6 +225,10 @@ class CartridgeEngine(AsyncLLM):
             raise VLLMValidationError("Cartridges answer, they do not embed: ask the base model.", parameter="model")
         return super().encode(*args, lora_request=lora_request, **options)
 
+    def count_decision(self, entry: Entry, decision: str) -> None:
+        """Of a gate, for `/metrics`."""
+        self._decisions.labels(_label(entry), decision).inc()
+
     async def notify_kv_transfer_request_rejected(self, *args: Any, **options: Any) -> None:
         """Nothing of a client's `kv_transfer_params` reaches the connector."""
 
@@ -235,6 +246,10 @@ class CartridgeEngine(AsyncLLM):
             reason = output.outputs[0].finish_reason or reason
         if reason == "error":
             raise ValueError(f"Cartridge {entry.name!r} does not fit the engine: its log says why.")
+
+
+def _label(entry: Entry) -> str:
+    return "(compositions)" if JOIN in entry.name else entry.name
 
 
 class _Names(dict[str, Any]):
@@ -280,7 +295,7 @@ def _add_routes(app: FastAPI, engine: CartridgeEngine, settings: ServerSettings)
     async def cartridges() -> JSONResponse:
         allowed = allowed_names()
         listed = [entry for entry in catalog.entries() if allowed is None or entry.name in allowed]
-        return JSONResponse({"object": "list", "data": [_description(entry) for entry in listed]})
+        return JSONResponse({"object": "list", "data": [entry.describe() for entry in listed]})
 
     if settings.admin_key is None:
         return
@@ -311,7 +326,7 @@ async def _load(engine: CartridgeEngine, sources: Sources, body: LoadCartridgeRe
         engine.catalog.unload(entry.name)
         raise
     logger.info("Loaded cartridge %r from %s", entry.name, entry.source)
-    return _description(entry)
+    return entry.describe()
 
 
 def _give_up(catalog: Catalog, late: asyncio.Task[Entry]) -> None:
@@ -346,14 +361,3 @@ async def _administer(work: Any) -> JSONResponse:
         status = next(status for kind, status in _STATUS if isinstance(error, kind))
         message = f"There is no cartridge {error.args[0]!r}." if isinstance(error, KeyError) else str(error)
         return JSONResponse(error_body(message, status), status_code=status)
-
-
-def _description(entry: Entry) -> dict[str, Any]:
-    return {
-        "id": entry.name,
-        "object": "cartridge",
-        "created": entry.created,
-        "num_tokens": entry.stored.num_tokens,
-        "bytes": entry.stored.nbytes,
-        "sha256": entry.stored.digest,
-    }

@@ -20,6 +20,7 @@ from ..chat import get_tokenizer
 from ..conversations import read_provenance
 from ..hub import CardFacts, Metric, save_facts, write_model_card
 from ..hub.base_license import read_base_license
+from ..hub.card_facts import gate_facts
 from ..hub.memory_figure import add_memory_figure
 from ..hub.model_card import is_edited
 from ..hub.push import complete_facts
@@ -102,6 +103,7 @@ def _facts(trainer: SelfStudyTrainer, folder: str) -> CardFacts:
         base_identity=trainer.base_identity,
         license=args.license,
         language=args.language or [],
+        gate=gate_facts(folder),
         datasets=trainer.hub_datasets,
     )
 

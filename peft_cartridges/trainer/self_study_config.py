@@ -262,6 +262,14 @@ class SelfStudyConfig(SynthesisConfig, _BaseConfig):
         },
     )
 
+    gate: bool = field(
+        default=True,
+        metadata={
+            "help": "Save a gate beside the cartridge, which tells requests about the text from others by their words; made of "
+            "the text in a second."
+        },
+    )
+
     # -- the model card (names as in `Trainer.create_model_card`) ------------------------------------------------------
 
     license: str | None = field(

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput, EvalPrediction
 
 from ..chat import ChatCodec, get_tokenizer, with_cartridge_chat_template
+from ..gate import Gate
 from ..hidden_states import OutputHead, forward_hidden_states
 from ..hub.base_model import identify_base_model
 from ..initialization import initialize_cartridge, needs_text
@@ -38,6 +39,7 @@ from .model_preparation import (
 from .pushing import CartridgePusher, PushingTrainer, check_base_name
 from .run_card import write_run_card
 from .run_identity import check_run, keep_run
+from .run_gate import make_run_gate
 from .self_study_config import INITIALIZE_FROM_NOTHING, SelfStudyConfig
 from .step_data import StepData
 from .throughput import Throughput, memory_gib
@@ -204,6 +206,7 @@ class SelfStudyTrainer(PushingTrainer):
         self.codec = ChatCodec(peft_model, processing_class, args.chat_template_kwargs, thoughts=args.thoughts)
         self._data = StepData(self)
         self._check_settings()
+        self._gate: Gate | None = None
         self._throughput = Throughput()
         self._measured = torch.zeros(2, dtype=torch.float64, device=args.device)  # sum of KL, number of tokens
 
@@ -399,6 +402,9 @@ class SelfStudyTrainer(PushingTrainer):
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         with self.average.applied():
             super()._save(output_dir, state_dict or adapter_state(self.model))
+        self._gate = self._gate or make_run_gate(self)
+        if self._gate is not None:
+            self._gate.save_pretrained(output_dir or self.args.output_dir or ".")
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)

@@ -85,3 +85,37 @@ def test_initialization_measures_strategies_on_documents(tmp_path: Path) -> None
     assert [record["stored"] for record in records] == ["as it is", "fp8"] * 2
     assert records[1]["bytes"] < records[0]["bytes"] and records[0]["nll"] != records[2]["nll"]
     assert "| attention_matching share_of_queries=0.5" in done.stdout.replace("|  ", "| ").replace("  ", " ")
+
+
+def test_the_gate_benchmark_measures_every_method_and_carries_on(tmp_path: Path) -> None:
+    tiny_model().save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    for name in ("qasper", "quality", "toefl", "loogle"):
+        rows = [
+            {
+                "id": f"{name}-{number}",
+                "text": " ".join(f"the captain of {name} says w{word} ." for word in range(50 + number, 80)),
+                "questions": [{"question": f"what says the captain of {name} , w{60 + number} ?", "answer": "w50"}],
+            }
+            for number in range(2)
+        ]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    pairs = [{"prompt": "write a haiku", "answer": "yes ."}, {"prompt": "add 3 and 4", "answer": "seven ."}]
+    (tmp_path / "general.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    command = [sys.executable, "-m", "benchmarks.gate", str(tmp_path), "--documents", "qasper-0", "toefl-1"]
+    command += ["--model", str(tmp_path / "model"), "--dtype", "float32", "--general-kl", "2", "--conversations", "0"]
+    command += ["--layers", "1", "2", "--output", str(tmp_path / "gate.jsonl")]
+    for _ in range(2):  # the second time, nothing is left to do
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        records = [json.loads(line) for line in (tmp_path / "gate.jsonl").read_text().splitlines()]
+        assert [record["document"] for record in records] == ["qasper-0", "toefl-1"]
+    methods = {"words", "states-1", "states-2", "first_token_kl", "entropy", "likelihood"}
+    for record in records:
+        assert set(record["methods"]) == methods
+        assert (
+            record["methods"]["words"]["accepted"]["own"] == 1.0 and record["methods"]["words"]["auc"]["general"] == 1.0
+        )
+        kl = record["general_kl"]
+        assert kl["gated"] == 0.0 == kl["accepted"] and kl["cartridge"] > 0 < kl["full_text"]
+    assert "| words" in done.stdout and "gate : full text" in done.stdout

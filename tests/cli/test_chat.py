@@ -14,6 +14,7 @@ import pytest
 import torch
 from peft import PeftModel
 
+from peft_cartridges import Gate
 from peft_cartridges.cli.chat import Chat, LocalEngine, Message, ServerEngine
 from tests.serving.models import SHAPES, save_base, save_cartridge
 from tests.tiny_models import tiny_model, tiny_tokenizer
@@ -33,6 +34,9 @@ class Echo:
             raise ValueError("it failed")
         yield f"{cartridge}:"
         yield "|".join(message["content"] for message in messages)
+
+    def accepts(self, messages: list[Message], cartridge: str) -> bool:
+        return "general" not in messages[-1]["content"]
 
     def size(self, cartridge: str) -> tuple[int, int]:
         return {"a": (10, 1 << 20), "b": (20, 2 << 20)}[cartridge]
@@ -67,6 +71,13 @@ def test_turns_and_commands() -> None:
     assert "no command /what" in said and "never" not in said
 
 
+def test_what_the_gate_rejects_is_answered_without_the_cartridge() -> None:
+    chat, said = talk(Echo(), "one", "a general thing", "two", "/none", "a general thing")
+    for part in ("a:one\n", "None:one|a:one|a general thing\n", "|two\n", "None:a general thing\n"):
+        assert part in said, part
+    assert said.count("[no cartridge: not about a, says its gate; ") == 1 and chat.cartridge is None
+
+
 def test_compare(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "120")
     chat, said = talk(Echo(), "/compare", "why", "then", corpus="the text")
@@ -83,7 +94,7 @@ def test_compare(monkeypatch: pytest.MonkeyPatch) -> None:
 def settings(cartridges: list[str], **changes: Any) -> argparse.Namespace:
     options = {
         "cartridges": cartridges, "server": None, "api_key": None, "base_model": None, "max_new_tokens": STEPS,
-        "temperature": 0.0,
+        "temperature": 0.0, "gate": "auto",
     }  # fmt: skip
     return argparse.Namespace(**{**options, **changes})
 
@@ -112,6 +123,17 @@ def test_a_model_here_answers_as_peft_does(tmp_path: Path) -> None:
         found[cartridge] = "".join(engine.answer(messages, cartridge))
         assert found[cartridge] == tokenizer.decode(ids, skip_special_tokens=True), cartridge
     assert len({*found.values()}) == 4
+
+    gate = Gate.make("what is the sea ? the sea , the sea .", tokenizer)
+    gate.save_pretrained(folders["a"])
+    sources, general = [str(folders["a"]), f"other={folders['b']}"], [{"role": "user", "content": "write a haiku now"}]
+    assert gate(messages) == [True] and gate(general) == [False]
+    engine = LocalEngine(settings(sources))
+    for asked, cartridge, expected in (
+        (messages, "a", True), (general, "a", False), (general, "other", True), (general, "a+other", True),
+    ):  # fmt: skip
+        assert engine.accepts(asked, cartridge) is expected
+    assert LocalEngine(settings(sources, gate="off")).accepts(general, "a")
 
 
 class _Server(BaseHTTPRequestHandler):

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from peft_cartridges import load_cartridge
+from peft_cartridges import Gate, load_cartridge
 from peft_cartridges.cli import main
 from peft_cartridges.cli.train import make_parser, suggest_num_tokens
 from tests.hub.conftest import hub  # noqa: F401 (a fixture)
@@ -47,7 +47,7 @@ def test_from_a_file_to_a_cartridge_that_answers(folder: Path, capsys: pytest.Ca
     assert "Corpus: 1 document, 360 tokens" in said and "To write: 16 conversations" in said
     assert "Warning" not in said and f"The cartridge is in {folder / 'out'}" in said
     out = folder / "out"
-    assert {"README.md", "cartridge.json", "eval_results.json", "adapter_model.safetensors"} <= {
+    assert {"README.md", "cartridge.json", "eval_results.json", "adapter_model.safetensors", "gate.safetensors"} <= {
         path.name for path in out.iterdir()
     }
     assert "eval_gold_nll" in json.loads((out / "eval_results.json").read_text())
@@ -57,7 +57,15 @@ def test_from_a_file_to_a_cartridge_that_answers(folder: Path, capsys: pytest.Ca
 
     assert main(["info", str(out)]) == 0
     told = capsys.readouterr().out
-    for line in ("tokens:", "8, 1 of them frozen", "corpus.md, 360 tokens", "16 (", "optimizer_steps 4", "gold_nll:"):
+    for line in (
+        "tokens:",
+        "8, 1 of them frozen",
+        "corpus.md, 360 tokens",
+        "16 (",
+        "optimizer_steps 4",
+        "gold_nll:",
+        "gate:",
+    ):
         assert line in told
     assert "MB in its file (float32)" in told
     for quantization, shown in (("int8", "(int8)"), ("none", "(16-bit floats)")):
@@ -75,6 +83,55 @@ def test_written_conversations_are_trained_on(folder: Path) -> None:
     assert main([*written, "--output-dir", str(folder / "set"), *SYNTHESIS]) == 0
     assert _train(folder, "--conversations", str(folder / "set"), corpus=False) == 0
     assert json.loads((folder / "out" / "cartridge.json").read_text())["num_conversations"] == 16
+
+
+def test_the_gate_is_the_text_s_and_can_be_left_out_and_made_later(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    written = ["synthesize", str(folder / "corpus.md"), "--model", str(folder / "model"), "--dtype", "float32"]
+    assert main([*written, "--output-dir", str(folder / "set"), *SYNTHESIS]) == 0
+    assert _train(folder, *SYNTHESIS) == 0
+    expected = Gate.make(TEXT, TOKENIZER)
+    trained = Gate.from_pretrained(folder / "out")
+    assert torch.equal(trained.weights, expected.weights) and trained.threshold == expected.threshold
+    assert _train(folder, "--conversations", str(folder / "set"), corpus=False, name="written") == 0
+    assert torch.equal(Gate.from_pretrained(folder / "written").words, expected.words)  # the chunks cover the text
+
+    assert _train(folder, "--steps", "0", "--gate", "false", *SYNTHESIS, name="none") == 0
+    none = folder / "none"
+    assert not (none / "gate.safetensors").exists() and "gate" not in json.loads((none / "cartridge.json").read_text())
+    capsys.readouterr()
+    question, other = "what says the captain of w60 ?", "write me a haiku in spanish"
+    assert main(["gate", str(none), "--ask", question]) == 1 and "has no gate" in capsys.readouterr().err
+    base = ["--base-model", str(folder / "model")]
+    assert (
+        main(["gate", str(none), "--corpus", str(folder / "corpus.md"), *base, "--ask", question, "--ask", other]) == 0
+    )
+    told = capsys.readouterr().out
+    assert f"accepted ({expected.score(question):+.2f}" in told and f"rejected ({expected.score(other):+.2f}" in told
+    assert f"Rejected: {expected.general_rejected:.1%} of {expected.num_general}" in told
+    assert Gate.from_pretrained(none).threshold == expected.threshold
+    assert json.loads((none / "cartridge.json").read_text())["gate"]["words"] == len(expected.words)
+    assert "Gate (`gate.safetensors`)" in (none / "README.md").read_text()
+
+    (folder / "general.jsonl").write_text('{"prompt": "what says the captain"}\n{"prompt": "a haiku"}\n')
+    given = [
+        "--general",
+        str(folder / "general.jsonl"),
+        "--reject-general",
+        "0.5",
+        "--conversations",
+        str(folder / "set"),
+    ]
+    assert main(["gate", str(none), *given, *base]) == 0
+    assert "questions of the conversations" in capsys.readouterr().out
+    assert Gate.from_pretrained(none).threshold == expected.score("what says the captain")
+    for wrong, message in (
+        (["--corpus", "x", "--conversations", "y"], "give one of them"),
+        ([], "give --corpus or --conversations"),
+        (["--corpus", str(folder / "corpus.md"), "--general", str(folder / "corpus.md")], "line 1 of"),
+    ):
+        assert main(["gate", str(none), *wrong]) == 1 and message in capsys.readouterr().err
 
 
 def test_no_steps_only_initialize_the_cartridge(folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from peft_cartridges import KVPrefix, gold_answer_nll
+from peft_cartridges import Gate, KVPrefix, gold_answer_nll
 from peft_cartridges.evaluation import EvaluationConfig, EvaluationReport, evaluate_cartridge
 from peft_cartridges.evaluation.baselines import Bench
 from peft_cartridges.evaluation.evaluate import evaluate_systems
@@ -44,7 +45,7 @@ def report() -> EvaluationReport:
 
 def test_every_system_has_every_metric_beside_the_full_text(report: EvaluationReport) -> None:
     assert [result.name for result in report.systems] == ["no context", "full text", "cartridge", "first tokens"]
-    expected = set(METRICS) - {"gap_closed", "rouge_l", "chrf", "judged_right"}
+    expected = set(METRICS) - {"gap_closed", "rouge_l", "chrf", "judged_right", "gate_accepted", "gate_rejected"}
     assert all(set(result.items) == expected for result in report.systems)
     assert [result.num_tokens for result in report.systems[2:]] == [12, 12]
     assert all(r.tokens_per_second is not None and r.tokens_per_second > 0 for r in report.systems)
@@ -78,6 +79,32 @@ def test_the_likelihood_and_the_gap_are_those_of_gold_answers(report: Evaluation
     width = none.value - full.value
     expected = (none.value - ours.value) / width if width > 0 else math.nan
     assert share.value == pytest.approx(expected, nan_ok=True)
+
+
+def test_behind_its_gate_each_figure_is_the_cartridge_s_or_the_bare_model_s() -> None:
+    model = tiny_model()
+    cartridge = cartridge_model(model, KVPrefix.from_text(model, TOKENIZER, TEXT)[:12])
+    # Its threshold lies between the scores of the two general prompts, and of the questions.
+    gate = Gate.make(TEXT, TOKENIZER, general=["when ?"], reject_general=0.5)
+    gate = dataclasses.replace(gate, threshold=(gate.score("is it new ?") + gate.score("when ?")) / 2)
+    assert gate(["is it new ?", "when ?"]) == [True, False]
+    accepted = gate([question["question"] for question in QUESTIONS])
+    assert accepted[0] and not accepted[2]
+    report = evaluate_cartridge(
+        cartridge, TOKENIZER, text=TEXT, questions=QUESTIONS, args=ARGS, baselines=[], gate=gate, **EVERYTHING
+    )
+    assert [result.name for result in report.systems] == ["no context", "full text", "cartridge", "cartridge, gated"]
+    bare, _, plain, gated = report.systems
+    assert gated.items["gate_accepted"].values == [float(one) for one in accepted]
+    assert gated.items["gate_rejected"].values == [1.0, 0.0] and "gate_rejected" not in plain.items
+    for metric, uses in {"gold_nll": accepted, "token_f1": accepted, "general_kl": [False, True]}.items():
+        expected = [(plain if use else bare).items[metric].values[i] for i, use in enumerate(uses)]
+        assert gated.items[metric].values == expected, metric
+    assert not any(metric.startswith("abst") for metric in gated.items)
+    kl = [report.get(name, "general_kl") for name in ("cartridge, gated", "cartridge")]
+    assert kl[0] is not None and kl[1] is not None and 0 < kl[0].value < kl[1].value
+    assert EvaluationReport.from_dict(report.to_dict()).table() == report.table()
+    assert "rejected by the gate" in report.table()
 
 
 def test_the_report_survives_its_file(report: EvaluationReport, tmp_path: Path) -> None:

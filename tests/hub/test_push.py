@@ -12,14 +12,14 @@ from huggingface_hub import ModelCard
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load
 
-from peft_cartridges import HubError, KVPrefix, push_cartridge
+from peft_cartridges import Gate, HubError, KVPrefix, push_cartridge
 from peft_cartridges.adapter_folder import read_cartridge
 from peft_cartridges.hub import CARD_TAGS, CardFacts, Metric, write_model_card
 from peft_cartridges.hub.push import complete_facts
 from tests.exactness import cartridge_model
 from tests.hub.local_hub import LocalHub
 from tests.test_adapter_folder import WEIGHTS, edit_config, saved
-from tests.tiny_models import tiny_model, token_ids
+from tests.tiny_models import tiny_model, tiny_tokenizer, token_ids
 
 FILES = {"README.md", "adapter_config.json", WEIGHTS, "cartridge.json", ".gitattributes"}
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -54,6 +54,21 @@ def test_a_folder_is_pushed_with_its_card_and_nothing_else(hub: LocalHub, tmp_pa
     }
     assert not hub.repos["user/handbook"].private
     assert sorted(path.name for path in folder.iterdir() if path.name == "cartridge.json") == []  # it is left as it was
+
+
+def test_the_gate_goes_with_it_and_comes_back(hub: LocalHub, tmp_path: Path) -> None:
+    folder = _folder(tmp_path)
+    gate = Gate.make("the old captain says yes . the new ship is red .", tiny_tokenizer())
+    gate.save_pretrained(folder)
+    push_cartridge(folder, "user/handbook")
+    pushed = hub.files("user/handbook")
+    assert set(pushed) == FILES | {"training_curve.png", "gate.safetensors"}
+    assert "Gate (`gate.safetensors`)" in pushed["README.md"].decode()
+    assert json.loads(pushed["cartridge.json"])["gate"]["num_general"] == gate.num_general
+    assert Gate.from_pretrained("user/handbook").threshold == gate.threshold
+    (folder / "gate.safetensors").write_bytes(b"x" * 50)
+    with pytest.raises(ValueError, match=r"gate\.safetensors is damaged"):
+        push_cartridge(folder, "user/handbook")
 
 
 def test_the_corpus_goes_only_if_it_is_asked_for(hub: LocalHub, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ pytest.importorskip("vllm", reason="vLLM is not installed (it needs an environme
 import httpx
 import openai
 
+from peft_cartridges import Gate
 from peft_cartridges.adapter_folder import WEIGHTS_FILE
 from tests.serving.models import SHAPES, answers, save_base, save_cartridge
 from tests.serving.server import Server
@@ -195,6 +196,38 @@ def test_load_and_unload(world: World, tmp_path: Path) -> None:
     assert world.administer("unload", cartridge_name="late").status_code == 404
     assert status(lambda: world.ask("late")) == 404
     del world.cartridges["late"]
+
+
+def test_what_the_gate_rejects_is_answered_by_the_base(world: World) -> None:
+    folder = save_cartridge(world.folder / "allowed" / "gated", world.model(), 50, seed=50, base=str(world.base))
+    Gate.make("what is the sea ? the sea , the sea .", TOKENIZER).save_pretrained(folder)
+    assert world.administer("load", cartridge_name="gated", cartridge_path=str(folder)).status_code == 200
+    world.cartridges["gated"] = folder
+    general = [{"role": "user", "content": "write a haiku now"}]
+    found = {}
+    for name, messages, extra in (
+        ("accepted", MESSAGES, {}), ("rejected", general, {}), ("off", general, {"x-cartridge-gate": "off"}),
+    ):  # fmt: skip
+        body = {"model": "gated", "messages": messages, "max_tokens": STEPS, "temperature": 0}
+        headers = {"Authorization": "Bearer key-of-all", **extra}
+        answer = httpx.post(f"{world.server.url}/v1/chat/completions", json=body, headers=headers, timeout=120)
+        assert answer.status_code == 200, answer.text
+        assert answer.headers.get("x-cartridge-gate") == (None if name == "off" else name)
+        assert answer.json()["model"] == ("base" if name == "rejected" else "gated")
+        found[name] = answer.json()["choices"][0]["message"]["content"]
+    assert found["accepted"] == words(world.expected("gated")[0])
+    assert found["rejected"] == words(world.expected("base", general)[0])
+    assert found["off"] == words(world.expected("gated", general)[0]) != found["rejected"]
+    stream = world.ask("gated", messages=general, stream=True)
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in stream) == found["rejected"]
+    metrics = httpx.get(world.server.url + "/metrics").text
+    for decision, count in (("accepted", 1), ("rejected", 2)):
+        assert f'vllm:cartridge_gate_total{{cartridge="gated",decision="{decision}"}} {count}.0' in metrics
+    assert 'vllm:cartridge_requests_total{cartridge="gated"} 2.0' in metrics
+    listed = httpx.get(world.server.url + "/v1/cartridges", headers={"Authorization": "Bearer key-of-all"}).json()
+    assert {one["id"]: one["gate"] for one in listed["data"]}["gated"] == {"accepted": 1, "rejected": 2}
+    assert world.administer("unload", cartridge_name="gated").status_code == 200
+    del world.cartridges["gated"]
 
 
 def test_what_must_not_be_loaded(world: World) -> None:

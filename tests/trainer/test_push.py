@@ -23,7 +23,9 @@ from tests.hub.local_hub import LocalHub
 from tests.tiny_models import tiny_model
 from tests.trainer.small_runs import CORPUS, GOLD, TOKENIZER, make_config, make_trainer
 
-CARTRIDGE = {"README.md", "adapter_config.json", "adapter_model.safetensors", "cartridge.json", ".gitattributes"}
+CARTRIDGE = {
+    "README.md", "adapter_config.json", "adapter_model.safetensors", "cartridge.json", "gate.safetensors", ".gitattributes",
+}  # fmt: skip
 TOKENIZER_FILES = {"chat_template.jinja", "tokenizer.json", "tokenizer_config.json"}
 FIGURES = {"training_curve.png", "memory.png"}
 TOKEN = "hf_writer"
