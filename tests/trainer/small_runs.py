@@ -18,7 +18,7 @@ GOLD = [{"question": "what is the sea ?", "answer": "the sea is w60 ."}, {"quest
 
 _SYNTHESIS = {
     "num_conversations": 16, "conversations_per_chunk": 8, "min_chunk_tokens": 30, "max_chunk_tokens": 40,
-    "max_question_tokens": 6, "max_answer_tokens": 8, "quality_filters": [],
+    "max_question_tokens": 6, "max_answer_tokens": 8, "quality_filters": [], "off_context_share": 0.0,
 }  # fmt: skip
 
 
