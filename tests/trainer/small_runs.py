@@ -26,6 +26,7 @@ def make_config(folder: Path, **options: Any) -> SelfStudyConfig:
     defaults = {
         **_SYNTHESIS, "per_device_train_batch_size": 8, "max_steps": 4, "use_cpu": True, "disable_tqdm": True,
         "save_strategy": "no", "logging_steps": 1, "warmup_steps": 0, "plot": False,
+        "learning_rate": 0.04,
     }  # fmt: skip
     return SelfStudyConfig(output_dir=str(folder), **{**defaults, **options})
 
