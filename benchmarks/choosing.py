@@ -8,13 +8,15 @@ A run trains a cartridge with the trainer's defaults and its own settings (`num_
 `SelfStudyConfig`), and measures: the share of the gap in the gold answers' likelihood between no context and the text in
 context (of a text beyond the window: as many first tokens as `--fits` says) that it closes; the KL of the bare model from
 the model with the cartridge on prompts that have nothing to do with the text, as a multiple of what the text in context
-does there; and BM25 passages of as many tokens. Runs that are in `--output` already are left out; conversations are
-written once for all runs on a document.
+does there; and BM25 passages of as many tokens. Runs that are in `--output` already are left out, one that was stopped goes on at
+its last checkpoint (its time is then not told), and conversations are written once for all runs on a document, unless
+they have a `budget`.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import time
 from pathlib import Path
@@ -23,9 +25,17 @@ from typing import Any
 import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.trainer_utils import get_last_checkpoint
 
 from benchmarks.harness import DEFAULT_MODEL, print_table
-from peft_cartridges import CartridgeConfig, KVPrefix, SelfStudyConfig, SelfStudyTrainer
+from peft_cartridges import (
+    CartridgeConfig,
+    KVPrefix,
+    SelfStudyConfig,
+    SelfStudySynthesizer,
+    SelfStudyTrainer,
+    SynthesisConfig,
+)
 from peft_cartridges.chat import ChatCodec
 from peft_cartridges.evaluation import Bench, Document, load_task, prefix_system
 from peft_cartridges.evaluation.baselines import get_baseline
@@ -33,7 +43,7 @@ from peft_cartridges.evaluation.scoring import compare_rows, predictions, row_of
 from peft_cartridges.evaluation.system import System, bare_system
 from peft_cartridges.evaluation.tasks import general_pairs
 
-TASKS = {"qasper": "qasper", "quality": "quality", "toefl": "toefl", "loogle": "loogle_short"}
+TASKS = {"qasper": "qasper", "quality": "quality", "toefl": "documents", "loogle": "loogle_short"}
 # Prompts that have nothing to do with a text; longer ones are left out.
 _GENERAL, _LONGEST = 64, 800
 _LONG = 7_900  # tokens with which a text no longer fits into 8,192 with its questions
@@ -80,24 +90,37 @@ class Measured:
         bench = Bench(self.model, self.tokenizer, self.document.text, num_tokens)
         return self.closed(self.nll(get_baseline("bm25")(bench)))
 
+    def _conversations(self, args: SelfStudyConfig) -> Dataset:
+        """Written once for all runs."""
+        settings = SynthesisConfig.from_args(args)
+        folder = self.args.work / self.document.id / "conversations"
+        synthesizer = SelfStudySynthesizer(self.model, self.tokenizer, settings)
+        return synthesizer.synthesize(
+            self.document.text, output_dir=folder / synthesizer.address(self.document.text)[:12]
+        )
+
     def carry_out(self, settings: dict[str, Any]) -> dict[str, Any]:
         """Trains and measures one run."""
         own = dict(settings)
         num_tokens = own.pop("num_tokens", None) or max(2, round(len(self.ids) / own.pop("shrink", 10)))
+        key = hashlib.sha256(json.dumps([settings, self.args.dtype]).encode()).hexdigest()[:12]
         args = SelfStudyConfig(
-            output_dir=str(self.args.work / self.document.id), save_strategy="no", logging_steps=10, plot=False,
-            use_cpu=self.args.device == "cpu", report_to="none", **own,
+            output_dir=str(self.args.work / self.document.id / key), save_steps=20, save_total_limit=1,
+            logging_steps=10, plot=False, use_cpu=self.args.device == "cpu", report_to="none", **own,
         )  # fmt: skip
         start = time.perf_counter()
+        corpus = Dataset.from_dict({"text": [self.document.text]})
         trainer = SelfStudyTrainer(
-            self.model, args, Dataset.from_dict({"text": [self.document.text]}), processing_class=self.tokenizer,
-            peft_config=CartridgeConfig(num_tokens=num_tokens),
+            self.model, args, corpus if args.budget else self._conversations(args), processing_class=self.tokenizer,
+            peft_config=CartridgeConfig(num_tokens=num_tokens), corpus=None if args.budget else self.document.text,
         )  # fmt: skip
-        trainer.train()
+        last = get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None
+        trainer.train(resume_from_checkpoint=last)
         seconds = time.perf_counter() - start
         prefix = trainer.model.get_kv_prefix().detach().to(self.model.dtype)
         history = trainer.state.log_history
-        written = next((entry["synthesis/seconds"] for entry in history if "synthesis/seconds" in entry), None)
+        said = [entry["synthesis/seconds"] for entry in history if "synthesis/seconds" in entry]
+        written = said[0] if said else None
         self.model = trainer.model.unload().eval()
         cartridge = prefix_system("cartridge", self.model, self.codec, prefix)
         nll = self.nll(cartridge)
@@ -105,7 +128,7 @@ class Measured:
             "document": self.document.id, "text_tokens": len(self.ids), "num_tokens": num_tokens, "settings": settings,
             "conversations": len(trainer.train_dataset), "steps": trainer.state.global_step,
             "learning_rate": trainer.args.learning_rate, "off_context_share": trainer.args.off_context_share,
-            "synthesis_seconds": written, "seconds": round(seconds, 1),
+            "synthesis_seconds": written, "seconds": None if last else round(seconds, 1),
             "no_context": self.no_context, "full": self.full, "nll": nll, "closed": self.closed(nll),
             "off_context_kl": self.off_context(cartridge), "full_off_context_kl": self.full_off,
             "losses": [round(entry["loss"], 4) for entry in history if "loss" in entry], "questions": len(self.asked),
@@ -122,7 +145,7 @@ def show(records: list[dict[str, Any]]) -> None:
             ", ".join(f"{name}={value}" for name, value in record["settings"].items()),
             record["conversations"],
             record["steps"],
-            f"{record['seconds'] / 60:.1f} min",
+            f"{record['seconds'] / 60:.1f} min" if record["seconds"] else None,
             f"{record['closed']:.1%}",
             f"{record['bm25']:.1%}",
             f"{record['off_context_kl']:.3f}",
