@@ -19,6 +19,7 @@ from .corpus_study import CONVERSATIONS_DIR
 from .run_size import FEWEST, RunSize, fit_into, parse_budget
 
 if TYPE_CHECKING:
+    from .self_study_config import SelfStudyConfig
     from .self_study_trainer import SelfStudyTrainer
 
 _FILE = "budget.json"
@@ -32,23 +33,19 @@ class RunBudget(TrainerCallback):
 
     Args:
         trainer: Whose run it is.
-        budget: As `parse_budget` takes it.
-
-    Raises:
-        ValueError: as `parse_budget`.
+        args: Its settings, with a `budget`.
     """
 
-    def __init__(self, trainer: SelfStudyTrainer, budget: str | float) -> None:
-        self.trainer, self.budget = trainer, budget
-        self._end = time.perf_counter() + parse_budget(budget)
+    def __init__(self, trainer: SelfStudyTrainer, args: SelfStudyConfig) -> None:
+        self.trainer, self.budget = trainer, str(args.budget)
+        self._end = time.perf_counter() + parse_budget(self.budget)
         self._per_conversation, self._per_step = 0.0, 0.0
-        self._fixed_steps: int | None = None
+        self._fixed_steps = args.max_steps if args.max_steps > 0 else None
 
     def size_conversations(self) -> None:
         """Sets `args.num_conversations`, where it is not given, by the time that writing some of them takes."""
         trainer = self.trainer
         study, args = trainer.study, trainer.args
-        self._fixed_steps = args.max_steps if args.max_steps > 0 else None
         if study is None or args.num_conversations is not None:
             return
         kept = self._kept()
@@ -71,8 +68,9 @@ class RunBudget(TrainerCallback):
             args.max_steps = kept.max_steps
         elif self._fixed_steps is None and isinstance(rows, Dataset):
             self._per_step = self._per_step or self._measure_step(rows)
-            number = len(rows) if trainer.study is None else cast(int, args.num_conversations)
-            args.max_steps = self._fit(number, number, fixed=True).max_steps
+            order = trainer._data.order(rows)
+            number = len(rows if order is None else cast(Any, order))  # of a pass, general conversations too
+            args.max_steps = self._fit(number, number, written=True).max_steps
         speeds = [(self._per_conversation, "a conversation"), (self._per_step, "a step")]
         measured = ", ".join(f"{seconds:.2f} s {of}" for seconds, of in speeds if seconds)
         written = f"{args.num_conversations} conversations, " if trainer.study is not None else ""
@@ -96,7 +94,7 @@ class RunBudget(TrainerCallback):
 
     # -- measuring -----------------------------------------------------------------------------------------------------
 
-    def _fit(self, wanted: int, made: int, *, fixed: bool = False) -> RunSize:
+    def _fit(self, wanted: int, made: int, *, written: bool = False) -> RunSize:
         args = self.trainer.args
         rows_per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
         return Processes().same(
@@ -106,11 +104,10 @@ class RunBudget(TrainerCallback):
                 per_step=self._per_step,
                 conversations=wanted,
                 rows_per_step=rows_per_step,
-                # Conversations that were given have theirs among them.
-                off_context_share=args.off_context_share if self.trainer.study is not None else 0.0,
+                off_context_share=0.0 if written else args.off_context_share,
                 epochs=args.num_train_epochs,
                 made=made,
-                fixed_conversations=fixed,
+                fixed_conversations=written,
                 fixed_steps=self._fixed_steps,
             )
         )
@@ -150,7 +147,7 @@ class RunBudget(TrainerCallback):
     def _of(self) -> list[str]:
         """What the choice holds for."""
         study = self.trainer.study
-        return [str(self.budget), "" if study is None else study.address(cast(PeftModel, self.trainer.model))]
+        return [self.budget, "" if study is None else study.address(cast(PeftModel, self.trainer.model))]
 
     def _kept(self) -> RunSize | None:
         try:

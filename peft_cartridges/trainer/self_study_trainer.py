@@ -131,7 +131,7 @@ class SelfStudyTrainer(PushingTrainer):
     ) -> None:
         # A copy: what is chosen here for one corpus stays out of the settings of the next.
         args = SelfStudyConfig(output_dir="self-study") if args is None else copy.copy(args)
-        self.budget = None if args.budget is None else RunBudget(self, args.budget)
+        self.budget = None if args.budget is None else RunBudget(self, args)
         check_distribution(args)
         if isinstance(model, str):
             model, processing_class = load_base_model(model, args, quantization_config, processing_class)
