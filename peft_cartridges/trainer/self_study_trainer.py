@@ -297,7 +297,7 @@ class SelfStudyTrainer(PushingTrainer):
     # -- batches -----------------------------------------------------------------------------------------------------
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        order = self._data.order(self.train_dataset if train_dataset is None else train_dataset)
+        order = self._data.order(self.train_dataset)  # whole: what a loader reads has no columns that nobody learns
         return super()._get_train_sampler(train_dataset) if order is None else order
 
     def _get_eval_sampler(self, eval_dataset: Any) -> Any:

@@ -157,7 +157,7 @@ def test_conversations_of_a_data_set_are_taken_as_they_are() -> None:
     dataset = _synthesizer(GIVEN).synthesize(runs.TEXT)
     rows = {row["messages"][0]["content"]: row for row in _general(dataset)}
     assert set(rows) == {"who is old ?", "what is blue ?", "is this new ?"}
-    assert rows["who is old ?"]["messages"][1]["content"] == "the captain ."
+    assert rows["who is old ?"]["messages"][1]["content"] == "thecaptain.", "as the tokenizer reads it"
     assert sum(rows["is this new ?"]["completion_mask"]) == 8, "cut at `max_answer_tokens`"
     for row in rows.values():
         assert row["seed_type"] == "off_context_dataset" and row["chunk_id"] is None
