@@ -43,10 +43,11 @@ class SynthesisEstimate:
         return self.generated_tokens / max(tokens_per_second, 1e-9)
 
     def __str__(self) -> str:
+        beside = f"{self.off_context:,} general conversations beside them\n" if self.off_context else ""
         return (
             f"{self.conversations - self.off_context:,} conversations ({self.recitations:,} of them recitations) about "
             f"{self.chunks:,} chunks, which cover the corpus {self.tilings:.1f} times\n"
-            f"{self.off_context:,} general conversations beside them\n"
+            f"{beside}"
             f"{self.prefill_tokens:,} tokens to prefill, at most {self.generated_tokens:,} to generate\n"
             f"at most {self.learned_tokens:,} tokens to learn from, whose targets take {format_bytes(self.target_bytes)}"
         )
