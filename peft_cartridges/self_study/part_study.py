@@ -191,10 +191,9 @@ class PartStudy:
 
     def _judge(self) -> None:
         """Looks at what this attempt gave, in the order of the places, whatever the order it came in."""
+        about = None if self.chunk is None else self.chunk.id
         results = [(place, made, "not_renderable") for place, made in self._given]
-        results += [
-            (place, one.conversation(self.chunk and self.chunk.id), one.lost or "empty") for place, one in self._held
-        ]
+        results += [(place, one.conversation(about), one.lost or "empty") for place, one in self._held]
         self.report["generated_tokens"] += sum(one.generated for _, one in self._held)
         order = {place.name: number for number, place in enumerate(self._places)}
         for place, made, lost in sorted(results, key=lambda result: order[result[0].name]):

@@ -81,7 +81,10 @@ class SelfStudySynthesizer:
         off_context_dataset: Any = None,
     ) -> None:
         self.args = args if args is not None else SynthesisConfig()
-        options = {"chat_template_kwargs": self.args.chat_template_kwargs, "thoughts": self.args.thoughts}
+        options: dict[str, Any] = {
+            "chat_template_kwargs": self.args.chat_template_kwargs,
+            "thoughts": self.args.thoughts,
+        }
         bare = ChatCodec(model, processing_class, **options)
         self._bare_preamble = bare.preamble if bare.has_template else []
         if not self.args.default_system_prompt:
