@@ -60,7 +60,8 @@ def test_from_a_corpus_over_the_hub_to_an_answer(hub: LocalHub, folder: Path) ->
     out = str(folder / "out")
     assert main(["train", "--conversations", "user/talks", *model, "--output-dir", out, *TRAINING]) == 0
     facts = json.loads((folder / "out" / "cartridge.json").read_text())
-    assert facts["num_conversations"] == 64 and facts["corpus_name"] == "corpus.md"
+    assert facts["num_conversations"] == 67 and facts["off_context_conversations"] == 3  # over the Hub and back
+    assert facts["corpus_name"] == "corpus.md"
     assert main(["push", out, "user/cartridge", "--base-model", "org/base", "--private"]) == 0
     assert {"adapter_model.safetensors", "adapter_config.json", "README.md"} <= set(hub.files("user/cartridge"))
 
