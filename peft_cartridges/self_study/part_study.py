@@ -60,11 +60,9 @@ def _seed_type(args: SynthesisConfig, number: int) -> str:
 
 def num_dialogues(args: SynthesisConfig, part: Part) -> int:
     """How many conversations of a part are about its chunk and no recitations."""
-    return (
-        0
-        if part.is_off_context
-        else sum(kind_at(args, part.chunk, index) != RECITATION for index in range(part.first, part.end))
-    )
+    if part.is_off_context:
+        return 0
+    return sum(kind_at(args, part.chunk, index) != RECITATION for index in range(part.first, part.end))
 
 
 class PartStudy:
