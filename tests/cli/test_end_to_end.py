@@ -27,6 +27,7 @@ ROOT = Path(__file__).parents[2]
 SYNTHESIS = [
     "--num-conversations", "64", "--conversations-per-chunk", "4", "--min-chunk-tokens", "30", "--max-chunk-tokens", "40",
     "--max-question-tokens", "6", "--max-answer-tokens", "8", "--quality-filters", "empty",
+    "--off-context-share", "0.05",
 ]  # fmt: skip
 TRAINING = [
     "--num-tokens", "8", "--use-cpu", "--steps", "30", "--save-steps", "3", "--logging-steps", "1", "--warmup-steps", "0",
