@@ -83,7 +83,7 @@ class SynthesisConfig:
         "Share of each training batch that is general conversation, whose teacher has no text in its context (not in the "
         "paper): it keeps the cartridge from changing what has nothing to do with its text. They are made beside "
         "`num_conversations`. 0 mixes in none.",
-        0.05,
+        0.1,
     )
     off_context_dataset: str | None = _decides(
         "General conversations or prompts of your own (`messages`, or `prompt` and `completion`): a file of JSON lines, or "
