@@ -34,7 +34,8 @@ from peft_cartridges.evaluation import ContextGap, gold_answer_nll, measure_cont
 
 ROOT = Path(__file__).parents[1]
 CORPORA = ("lighthouse_handbook", "orchard_cooperative")
-BASE: dict[str, Any] = {"num_conversations": 384, "max_steps": 40}
+# What goes by lengths is said here, and nothing is mixed in, so that runs differ in what their name says alone.
+BASE: dict[str, Any] = {"num_conversations": 384, "max_steps": 40, "learning_rate": 0.04, "off_context_share": 0.0}
 HELD_OUT = 32  # conversations
 
 
@@ -140,7 +141,7 @@ class Search:
         conversations, synthesis_seconds = self._conversations(run.corpus, text, settings)
         if run.same_seconds:
             settings["max_steps"] = self._steps_in_the_time_of_base(run, settings, conversations, text, num_tokens)
-        held_out = {"num_conversations": HELD_OUT, "recitation_share": 0.0, "seed": 1}
+        held_out = {"num_conversations": HELD_OUT, "recitation_share": 0.0, "off_context_share": 0.0, "seed": 1}
         held_out_conversations, _ = self._conversations(run.corpus, text, held_out)
         start = time.perf_counter()
         trainer = self._trainer(run, settings, conversations, text, num_tokens, held_out_conversations)

@@ -20,6 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     project.add_argument("--max-question-tokens", type=int, default=48)
     project.add_argument("--max-answer-tokens", type=int, default=96)
     project.add_argument("--recitation-share", type=float, default=0.0)
+    project.add_argument("--off-context-share", type=float, default=0.0)
     project.add_argument("--teacher-targets", choices=list(TARGETS), default="hidden_states")
     project.add_argument("--train-batch-size", type=int, default=32, help="of all devices together")
     project.add_argument("--epochs", type=float, default=1.0)
@@ -48,6 +49,7 @@ def run(args: argparse.Namespace) -> None:
         max_question_tokens=args.max_question_tokens,
         max_answer_tokens=args.max_answer_tokens,
         recitation_share=args.recitation_share,
+        off_context_share=args.off_context_share,
         teacher_targets=args.teacher_targets,
     )
     hardware = Hardware(args.devices, args.flops, args.bandwidth, args.memory, args.utilization, args.rows)

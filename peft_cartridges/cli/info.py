@@ -20,7 +20,14 @@ from ..hub_errors import hub_errors
 from ..tuner import CartridgeConfig
 from ..tuner.file_format import expected_tensors
 
-_RECIPE = ("loss_type", "optimizer_steps", "learning_rate", "initialization", "per_device_train_batch_size")
+_RECIPE = (
+    "loss_type",
+    "optimizer_steps",
+    "learning_rate",
+    "off_context_share",
+    "initialization",
+    "per_device_train_batch_size",
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -155,6 +155,8 @@ def _add_settings(group: Any) -> None:
             options["action"] = argparse.BooleanOptionalAction
         elif kind in (int, float, str):
             options["type"] = kind
+        elif int in get_args(kind):
+            options["type"] = int
         elif get_args(kind) == (str,):
             options["nargs"] = "*"
         group.add_argument(f"--{field.name.replace('_', '-')}", **options)

@@ -35,13 +35,13 @@ with a small KV cache in place of the text. The same command again carries on wh
   cartridges train handbook.md --model HuggingFaceTB/SmolLM2-135M-Instruct --num-tokens 256 --output-dir handbook
   cartridges train docs/ --config recipe.yaml --num-tokens 2048              # YAML: the same names, `num_tokens: …`
   cartridges train handbook.md --model … --output-dir handbook --estimate    # what it would take; loads no weights
+  cartridges train handbook.md --model … --output-dir handbook --budget 5m   # as much as fits into the time
   cartridges train --conversations handbook-set --model … --output-dir …     # written by `cartridges synthesize`
   accelerate launch --num_processes 8 -m peft_cartridges train docs/ --model … --output-dir …
 """
 _EPILOG = """\
-What to turn first: --num-tokens (a tenth of the text; a twentieth is a bold cartridge, a fifth a safe one),
---num-conversations and --steps (more of both for longer texts), --learning-rate. `--help-all` lists every setting of
-the trainer.
+What to turn first: --num-tokens (a tenth of the text; a twentieth is a bold cartridge, a fifth a safe one) and --budget; how
+many conversations, steps and which learning rate follow from them and from the text. `--help-all` lists every setting.
 """
 # Settings of `SelfStudyConfig` in the short help; the others are in `--help-all`.
 _SHOWN = frozenset(
@@ -53,6 +53,9 @@ _SHOWN = frozenset(
         "per_device_train_batch_size",
         "loss_type",
         "num_conversations",
+        "off_context_share",
+        "off_context_dataset",
+        "budget",
         "num_eval_conversations",
         "seed_types",
         "teacher_targets",

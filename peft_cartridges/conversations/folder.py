@@ -4,6 +4,7 @@ output_dir/
   self_study.json                                       what the set is made from, and in the end what came of it
   written/part-000012-00000-00032.arrow                 conversations 0 to 31 about chunk 12, as they were written
   written/part-000012-00000-00032.json                  what came of them
+  written/off-context-00000-00026.arrow, .json          general conversations, about no chunk
   hidden_states/part-000012-00000-00032.arrow, .json    the same with the teacher's targets of that kind
 
 Any number of processes and jobs may work in one folder: a part is claimed by a lock that ends with its holder.
@@ -15,7 +16,8 @@ import contextlib
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,12 +31,16 @@ from .provenance import differences
 
 MANIFEST = "self_study.json"
 WRITTEN = "written"
-_PART = re.compile(r"part-(\d+)-(\d+)-(\d+)\.arrow$")
+_PART = re.compile(r"(?:part-(\d+)|off-context)-(\d+)-(\d+)\.arrow$")
+# Stands for a chunk's number in parts that are about none; they come last.
+OFF_CONTEXT = sys.maxsize
+# Conversations in such a part: processes share them too.
+_OFF_CONTEXT_PART = 64
 
 
 @dataclass(frozen=True, order=True)
 class Part:
-    """Conversations `first` to `end` (excluded) about a chunk."""
+    """Conversations `first` to `end` (excluded) about a chunk, or (`OFF_CONTEXT`) about none."""
 
     chunk: int
     first: int
@@ -44,7 +50,12 @@ class Part:
         return self.end - self.first
 
     def __str__(self) -> str:
-        return f"part-{self.chunk:06d}-{self.first:05d}-{self.end:05d}"
+        about = "off-context" if self.is_off_context else f"part-{self.chunk:06d}"
+        return f"{about}-{self.first:05d}-{self.end:05d}"
+
+    @property
+    def is_off_context(self) -> bool:
+        return self.chunk == OFF_CONTEXT
 
 
 def cover(parts: Iterable[Part]) -> list[Part]:
@@ -56,6 +67,25 @@ def cover(parts: Iterable[Part]) -> list[Part]:
         if part.first == end:
             chosen.append(part)
     return chosen
+
+
+def plan_parts(there: Sequence[Part], wanted: Mapping[int, int]) -> list[Part]:
+    """The parts that make up a set: those that are there, and what they lack.
+
+    Args:
+        there: The finished ones.
+        wanted: How many conversations there are to be about each chunk (`OFF_CONTEXT`: about none).
+    """
+    plan = []
+    for chunk, number in wanted.items():
+        end = 0
+        for part in cover(part for part in there if part.chunk == chunk):
+            if end < number:
+                plan.append(part)
+                end = part.end
+        longest = _OFF_CONTEXT_PART if chunk == OFF_CONTEXT else number
+        plan += [Part(chunk, first, min(first + longest, number)) for first in range(end, number, longest)]
+    return plan
 
 
 class ConversationFolder:
@@ -117,7 +147,8 @@ class ConversationFolder:
     def parts(self, stage: str) -> list[Part]:
         """The finished parts of a stage (`written`, or a kind of targets), in order."""
         names = os.listdir(self.path / stage) if (self.path / stage).is_dir() else []
-        return sorted(Part(*map(int, match.groups())) for name in names if (match := _PART.match(name)))
+        found = [match.groups(default=OFF_CONTEXT) for name in names if (match := _PART.match(name))]
+        return sorted(Part(*map(int, numbers)) for numbers in found)
 
     def stages(self) -> list[str]:
         """Stages with finished parts."""

@@ -225,6 +225,7 @@ def _merged(provenances: Sequence[Mapping[str, Any]], kept: int) -> dict[str, An
             "dropped": dict(dropped),
             "acceptance": round(kept / made, 4) if made else None,
             "generated_tokens": sum(report["generated_tokens"] for report in reports),
+            "off_context": sum(report.get("off_context", 0) for report in reports),
             "chunks": sum(report["chunks"] for report in reports),
             "coverage": {name: cover for report in reports for name, cover in report["coverage"].items()},
             "per_chunk": [row for report in reports for row in report.get("per_chunk", [])],

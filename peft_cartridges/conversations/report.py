@@ -14,9 +14,9 @@ _DOCUMENTS_SHOWN, _CHUNKS_SHOWN = 20, 3
 _WIDTH = 100
 
 
-def new_part_report(chunk: Chunk) -> dict[str, Any]:
-    """What came of a chunk so far: nothing. `dropped` counts by reason; a `Counter`."""
-    place = {"id": chunk.id, "document": chunk.document_id, "start": chunk.start, "end": chunk.end}
+def new_part_report(chunk: Chunk | None) -> dict[str, Any]:
+    """What came of a chunk (or, without one, off context) so far: nothing. `dropped` counts by reason; a `Counter`."""
+    place = chunk and {"id": chunk.id, "document": chunk.document_id, "start": chunk.start, "end": chunk.end}
     return {"chunk": place, "made": 0, "kept": 0, "dropped": Counter(), "generated_tokens": 0}
 
 
@@ -33,11 +33,12 @@ def make_report(reports: Iterable[Mapping[str, Any]], lengths: Mapping[str, int]
         reports: Of all parts.
         lengths: Tokens of each document, by its id.
     """
-    reports = list(reports)
+    every = list(reports)
     dropped: Counter[str] = Counter()
-    for report in reports:
+    for report in every:
         dropped.update(report["dropped"])
-    made, kept = sum(r["made"] for r in reports), sum(r["kept"] for r in reports)
+    made, kept = sum(r["made"] for r in every), sum(r["kept"] for r in every)
+    reports = [report for report in every if report["chunk"] is not None]
     places = {r["chunk"]["id"]: r["chunk"] for r in reports if r["kept"]}
     chunks = [Chunk(place["id"], place["document"], place["start"], place["end"], "") for place in places.values()]
     return {
@@ -45,7 +46,8 @@ def make_report(reports: Iterable[Mapping[str, Any]], lengths: Mapping[str, int]
         "kept": kept,
         "dropped": dict(sorted((+dropped).items())),
         "acceptance": round(kept / made, 4) if made else None,
-        "generated_tokens": sum(r["generated_tokens"] for r in reports),
+        "off_context": kept - sum(r["kept"] for r in reports),
+        "generated_tokens": sum(r["generated_tokens"] for r in every),
         "chunks": len({r["chunk"]["id"] for r in reports}),
         "coverage": {name: found.to_dict() for name, found in measure_coverage(chunks, lengths).items()},
         "per_chunk": [
@@ -66,6 +68,7 @@ def format_report(description: Mapping[str, Any]) -> str:
     lines = [
         f"{report['kept']} conversations kept of {report['made']} made"
         + (f" ({report['acceptance']:.0%})" if report["acceptance"] is not None else ""),
+        *_format_off_context(report),
         *(f"  dropped, {reason}: {count}" for reason, count in report["dropped"].items()),
         f"{report['generated_tokens']:,} tokens generated about {report['chunks']} chunks",
         *_format_chunks(report.get("per_chunk", ())),  # data sets of an earlier format have none
@@ -79,6 +82,12 @@ def format_report(description: Mapping[str, Any]) -> str:
     if (more := len(report["coverage"]) - _DOCUMENTS_SHOWN) > 0:
         lines.append(f"  … and {more} more documents")
     return "\n".join(lines)
+
+
+def _format_off_context(report: Mapping[str, Any]) -> list[str]:
+    """How many are about no chunk, where any are; sets that were made before have no such number."""
+    number = report.get("off_context", 0)
+    return [f"  {number} of them off context ({number / report['kept']:.1%})"] if number else []
 
 
 def _format_chunks(rows: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -105,7 +114,8 @@ def _format_chunks(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def format_conversation(row: Mapping[str, Any], number: int | None = None) -> str:
     """A row of a self-study data set: where it is from, and who says what."""
-    title = f"{'' if number is None else f'{number}. '}{row['seed_type']} · {row['chunk_id']}"
+    about = row["chunk_id"] or "off context"
+    title = f"{'' if number is None else f'{number}. '}{row['seed_type']} · {about}"
     if row.get("usefulness") is not None:
         title += f" · {row['usefulness']:.2f} nats a token over no chunk"
     lines = [title, "─" * min(len(title), _WIDTH)]

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from datasets import Dataset, Features, List, Value
 
@@ -46,6 +47,14 @@ def with_fast_targets(dataset: Dataset) -> Dataset:
 def kind_of_targets(dataset: Dataset) -> str:
     """Which of `TARGETS` the data set has."""
     return next(name for name, columns in TARGETS.items() if set(columns) <= set(dataset.column_names))
+
+
+def off_context_rows(dataset: Dataset) -> list[int]:
+    """Which rows are general conversations, whose teacher has no text in its context: those without `context`."""
+    if "context" not in dataset.column_names:
+        return []
+    contexts = dataset.select_columns(["context"]).with_format("arrow")[:]["context"]
+    return pc.indices_nonzero(pc.equal(pc.fill_null(contexts, ""), "")).to_pylist()
 
 
 def learned_tokens(row: Mapping[str, Any]) -> torch.Tensor:

@@ -104,6 +104,7 @@ class CardFacts:
         kv_bytes, in_context_kv_bytes: Memory of the cartridge's keys and values, and of the whole text's in context.
         recipe: Settings worth knowing to make it again, in the order in which the card shows them.
         num_conversations: Conversations trained on.
+        off_context_conversations: How many of them are general ones, whose teacher had no text.
         seed_types: How many of them came from each kind of seed prompt.
         filters: How many were dropped, by reason.
         metrics: What was measured, each with its command.
@@ -135,6 +136,7 @@ class CardFacts:
     in_context_kv_bytes: int | None = None
     recipe: dict[str, Any] = field(default_factory=dict)
     num_conversations: int | None = None
+    off_context_conversations: int | None = None
     seed_types: dict[str, int] = field(default_factory=dict)
     filters: dict[str, int] = field(default_factory=dict)
     metrics: list[Metric] = field(default_factory=list)

@@ -188,8 +188,11 @@ def _parts(facts: CardFacts) -> str:
 def _making(facts: CardFacts) -> str:
     lines = []
     if facts.num_conversations:
+        off_context = facts.off_context_conversations or 0
         seeds = ", ".join(f"{_text(name)} {number:,}" for name, number in facts.seed_types.items())
-        lines.append(f"{facts.num_conversations:,} conversations about the text{f' ({seeds})' if seeds else ''}.")
+        beside = f" and {off_context:,} about nothing in it, so that it leaves the rest alone" if off_context else ""
+        number = facts.num_conversations - off_context
+        lines.append(f"{number:,} conversations about the text{beside}{f' ({seeds})' if seeds else ''}.")
     if facts.filters:
         dropped = ", ".join(f"{_text(name)} {number:,}" for name, number in facts.filters.items())
         lines.append(f"Dropped on the way: {dropped}.")

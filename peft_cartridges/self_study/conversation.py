@@ -12,6 +12,7 @@ from typing import Any
 
 from ..chat import ChatCodec
 from ..conversations.targets import TopK
+from .prompts import FOLLOW_UPS
 
 
 @dataclass(frozen=True)
@@ -44,12 +45,16 @@ class Plan:
         prompt: What the asking side is told.
         reasoning: What each question ends with, if its answer is to be reasoned out.
         seed: Of its random draws.
+        question: The first question, where that is given and not asked for.
+        follow_ups: What the asking side may be told after an answer.
     """
 
     seed_type: str
     prompt: str
     reasoning: str
     seed: int
+    question: str = ""
+    follow_ups: tuple[str, ...] = FOLLOW_UPS
 
 
 @dataclass(frozen=True)
@@ -57,12 +62,12 @@ class Conversation:
     """One or more turns about a chunk.
 
     Args:
-        chunk_id: The chunk in the teacher's context.
+        chunk_id: The chunk in the teacher's context; `None` off context.
         seed_type: What it began with.
         turns: First to last.
     """
 
-    chunk_id: str
+    chunk_id: str | None
     seed_type: str
     turns: list[Turn] = field(default_factory=list)
 

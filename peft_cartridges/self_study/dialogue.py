@@ -13,7 +13,7 @@ from ..corpus import Chunk, split_sentences
 from ..corpus.sentences import first_words
 from .conversation import Conversation, Plan, Turn
 from .engines import Generation, Request
-from .prompts import CHAIN_OF_THOUGHT, FOLLOW_UPS, draw_recitation, draw_seed_prompt
+from .prompts import CHAIN_OF_THOUGHT, draw_recitation, draw_seed_prompt
 from .synthesis_config import SynthesisConfig
 
 SeedPrompts = Sequence[str] | Callable[[Chunk, random.Random], str]
@@ -82,6 +82,9 @@ class Dialogue:
         self._asked: list[Generation] = []
         self._answered: list[Generation] = []
         self._over = False
+        if plan.question:
+            self._questions.append(plan.question)
+            self._asked.append(Generation([], ended=True))
 
     def next(self) -> Request | None:
         """What is to be sampled next; `None` when the conversation is over."""
@@ -128,7 +131,7 @@ class Dialogue:
         """Tokens that were sampled so far."""
         return sum(len(one.token_ids) for one in (*self._asked, *self._answered))
 
-    def conversation(self, chunk_id: str) -> Conversation:
+    def conversation(self, chunk_id: str | None) -> Conversation:
         """What was said, as it is trained; without turns if it came to nothing. What an engine said of an answer's
         tokens is kept where they stand behind the very tokens that they were sampled behind."""
         answers = [answer for answer in self._answers if answer]
@@ -161,7 +164,7 @@ class Dialogue:
         trained on, so it does not matter that they are encoded anew."""
         messages = [{"role": "user", "content": self.plan.prompt}]
         for number, (question, answer) in enumerate(zip(self._questions, self._answers, strict=True)):
-            follow_up = random.Random(f"{self.plan.seed}/{number}").choice(FOLLOW_UPS)
+            follow_up = random.Random(f"{self.plan.seed}/{number}").choice(self.plan.follow_ups)
             messages.append({"role": "assistant", "content": question})
             messages.append({"role": "user", "content": f"{self.codec.read(answer)}\n\n{follow_up}"})
         return self.codec.encode_request(messages)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from .off_context import num_off_context
+from .sizes import chunks_in_a_tiling, conversations_of_chunks, num_conversations
 from .synthesis_config import SynthesisConfig
 
 # A recitation is up to 60 words; English has about 1.4 tokens a word.
@@ -20,7 +22,7 @@ class SynthesisEstimate:
         chunks: Prefilled once each.
         tilings: How often they cover the corpus.
         prefill_tokens: Of all chunks.
-        conversations: Of which `recitations` cost no generation.
+        conversations: Of which `recitations` cost no generation, and `off_context` are about no chunk.
         generated_tokens: Questions and answers.
         learned_tokens: Answers, recited ones too.
         target_bytes: Of the teacher's targets.
@@ -34,15 +36,18 @@ class SynthesisEstimate:
     generated_tokens: int
     learned_tokens: int
     target_bytes: int
+    off_context: int = 0
 
     def seconds(self, tokens_per_second: float) -> float:
         """Time at a speed that a preview measured."""
         return self.generated_tokens / max(tokens_per_second, 1e-9)
 
     def __str__(self) -> str:
+        beside = f"{self.off_context:,} general conversations beside them\n" if self.off_context else ""
         return (
-            f"{self.conversations:,} conversations ({self.recitations:,} of them recitations) about {self.chunks:,} "
-            f"chunks, which cover the corpus {self.tilings:.1f} times\n"
+            f"{self.conversations - self.off_context:,} conversations ({self.recitations:,} of them recitations) about "
+            f"{self.chunks:,} chunks, which cover the corpus {self.tilings:.1f} times\n"
+            f"{beside}"
             f"{self.prefill_tokens:,} tokens to prefill, at most {self.generated_tokens:,} to generate\n"
             f"at most {self.learned_tokens:,} tokens to learn from, whose targets take {format_bytes(self.target_bytes)}"
         )
@@ -63,13 +68,13 @@ def estimate_run(
     """
     if args.teacher_targets == "hidden_states" and hidden_size is None:
         raise ValueError('`hidden_size` is missing: with `teacher_targets="hidden_states"` the size depends on it.')
-    chunks = -(-args.num_conversations // args.conversations_per_chunk)
+    chunks = len(conversations_of_chunks(args, lengths))
     tokens = max(sum(lengths.values()), 1)
-    middle = (args.min_chunk_tokens + args.max_chunk_tokens) / 2
-    # A document makes at least one chunk, however short it is.
-    per_tiling = sum(max(1.0, length / middle) for length in lengths.values())
-    recitations = round(args.num_conversations * args.recitation_share)
-    dialogues = args.num_conversations - recitations
+    per_tiling = chunks_in_a_tiling(args, lengths)
+    number = num_conversations(args, lengths)
+    off_context = num_off_context(number, args.off_context_share)
+    recitations = round(number * args.recitation_share)
+    dialogues = number - recitations + off_context
     answers = dialogues * args.num_rounds * args.max_answer_tokens
     questions = dialogues * args.num_rounds * args.max_question_tokens
     learned = answers + recitations * _RECITATION_TOKENS
@@ -79,11 +84,12 @@ def estimate_run(
         chunks=chunks,
         tilings=round(chunks / per_tiling, 2),
         prefill_tokens=round(chunks * tokens / per_tiling),
-        conversations=args.num_conversations,
+        conversations=number + off_context,
         recitations=recitations,
         generated_tokens=round((questions + answers) * args.oversampling),
         learned_tokens=learned,
         target_bytes=learned * each,
+        off_context=off_context,
     )
 
 

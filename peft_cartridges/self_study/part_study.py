@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ from ..corpus import Chunk
 from .conversation import Conversation
 from .dialogue import Dialogue, SeedPrompts, plan_dialogue, recite
 from .engines import Outcome, Request
+from .off_context import GENERAL, GIVEN, GivenConversations, given_conversation, plan_general
 from .quality import Candidate, make_filters
 from .synthesis_config import SynthesisConfig
 
@@ -32,7 +33,7 @@ class _Place:
 
     Args:
         name: Its place in the chunk.
-        kind: Its seed type, or `recitation`.
+        kind: Its seed type, `recitation`, or a seed type of general conversations.
         made: What came of it.
     """
 
@@ -58,7 +59,9 @@ def _seed_type(args: SynthesisConfig, number: int) -> str:
 
 
 def num_dialogues(args: SynthesisConfig, part: Part) -> int:
-    """How many conversations of a part are no recitations."""
+    """How many conversations of a part are about its chunk and no recitations."""
+    if part.is_off_context:
+        return 0
     return sum(kind_at(args, part.chunk, index) != RECITATION for index in range(part.first, part.end))
 
 
@@ -67,19 +70,21 @@ class PartStudy:
 
     Args:
         part: Which.
-        chunk: What they are about.
+        chunk: What they are about; `None` off context.
         codec: Renders and reads conversations.
         args: Settings.
         seed_prompts: Used instead of the built-in ones.
         window: Tokens that context and turns may have together; `None` where that is unknown.
         constants: Columns that are the same in all rows of the set.
         address: Of the set; names its conversations.
+        bare_preamble: What stands in front of a conversation off context where `args.system_prompts` has nothing.
+        given: General conversations of the user's, instead of those that the model writes.
     """
 
     def __init__(
         self,
         part: Part,
-        chunk: Chunk,
+        chunk: Chunk | None,
         codec: ChatCodec,
         args: SynthesisConfig,
         *,
@@ -87,18 +92,25 @@ class PartStudy:
         window: int | None = None,
         constants: Mapping[str, Any] | None = None,
         address: str = "",
+        bare_preamble: Sequence[int] = (),
+        given: GivenConversations | None = None,
     ) -> None:
         self.part, self.chunk, self.codec, self.args = part, chunk, codec, args
         self.seed_prompts, self.window = seed_prompts, window
-        self._constants, self._address = dict(constants or {}), address
+        self._constants, self._address, self._given_rows = dict(constants or {}), address, given
+        self._about = "off" if chunk is None else str(part.chunk)
         system_prompts = args.system_prompts
-        system = random.Random(f"{args.synthesis_seed}/{part.chunk}").choice(system_prompts) if system_prompts else ""
-        self.context_text = f"{system}\n\n{chunk.context}" if system else chunk.context
-        self.context = tuple(codec.encode_context(self.context_text))
+        system = random.Random(f"{args.synthesis_seed}/{self._about}").choice(system_prompts) if system_prompts else ""
         self.preamble = codec.encode_context(system) if system else codec.preamble
+        self.context_text: str | None = None
+        if chunk is None:
+            self.context = tuple(self.preamble if system else bare_preamble)
+        else:
+            self.context_text = f"{system}\n\n{chunk.context}" if system else chunk.context
+            self.context = tuple(codec.encode_context(self.context_text))
         self.report = new_part_report(chunk)
         self._filters = make_filters(args.quality_filters, max_similarity=args.max_similarity)
-        self._places = [_Place(str(i), kind_at(args, part.chunk, i)) for i in range(part.first, part.end)]
+        self._places = [_Place(str(i), self._kind(i)) for i in range(part.first, part.end)]
         dialogues = num_dialogues(args, part)
         for number in range(math.ceil(dialogues * args.oversampling) - dialogues):
             self._places.append(_Place(f"{part.first}x{number}", _seed_type(args, number)))
@@ -108,6 +120,11 @@ class PartStudy:
         self._waiting_for: dict[Request, Dialogue] = {}
         self.settled = 0  # conversations that are over, for a progress bar
         self.finished = False
+
+    def _kind(self, index: int) -> str:
+        if self.chunk is None:
+            return GENERAL if self._given_rows is None else GIVEN
+        return kind_at(self.args, self.part.chunk, index)
 
     def begin(self) -> list[Request]:
         """What is to be sampled first."""
@@ -140,11 +157,15 @@ class PartStudy:
                 break
             self._held, self._given = [], []
             for place in missing:
-                rng = random.Random(f"{self.args.synthesis_seed}/{self.part.chunk}/{place.name}/{self._attempt}")
-                if place.kind == RECITATION:
-                    self._given.append((place, self._recite(rng)))
+                rng = random.Random(f"{self.args.synthesis_seed}/{self._about}/{place.name}/{self._attempt}")
+                question, answer = self._given_rows[int(place.name)] if place.kind == GIVEN else ("", "")  # type: ignore[index]
+                if place.kind == RECITATION or answer:
+                    self._given.append((place, self._ready_made(rng, question, answer)))
                     continue
-                plan = plan_dialogue(self.chunk, place.kind, rng, self.args, self.seed_prompts)
+                if self.chunk is None:
+                    plan = plan_general(rng, self.args, question)
+                else:
+                    plan = plan_dialogue(self.chunk, place.kind, rng, self.args, self.seed_prompts)
                 dialogue = Dialogue(plan, self.context, self.codec, self.args, self.window)
                 self._held.append((place, dialogue))
                 if (request := dialogue.next()) is not None:
@@ -157,16 +178,20 @@ class PartStudy:
         self.report["kept"] = sum(place.made is not None for place in self._places)
         return []
 
-    def _recite(self, rng: random.Random) -> Conversation | None:
+    def _ready_made(self, rng: random.Random, question: str, answer: str) -> Conversation | None:
+        """A recitation, or what was given."""
         try:
+            if self.chunk is None:
+                return given_conversation(question, answer, self.codec, self.args)
             return recite(self.chunk, self.codec, rng)
-        except ValueError:  # a passage that the chat template would change
+        except ValueError:  # what the chat template would change
             return None
 
     def _judge(self) -> None:
         """Looks at what this attempt gave, in the order of the places, whatever the order it came in."""
+        about = None if self.chunk is None else self.chunk.id
         results = [(place, made, "not_renderable") for place, made in self._given]
-        results += [(place, one.conversation(self.chunk.id), one.lost or "empty") for place, one in self._held]
+        results += [(place, one.conversation(about), one.lost or "empty") for place, one in self._held]
         self.report["generated_tokens"] += sum(one.generated for _, one in self._held)
         order = {place.name: number for number, place in enumerate(self._places)}
         for place, made, lost in sorted(results, key=lambda result: order[result[0].name]):
@@ -186,7 +211,7 @@ class PartStudy:
             return "too_long"
         candidate = Candidate(
             made.messages(self.codec),
-            self.chunk.text,
+            self.chunk.text if self.chunk is not None else "",
             made.seed_type,
             [turn.question_ended for turn in made.turns],
             [turn.answer_ended for turn in made.turns],
@@ -200,7 +225,7 @@ class PartStudy:
             columns = TopK.concatenate(given).columns()
         return {
             **made.to_row(self.codec, self.preamble),
-            "id": f"{self._address[:12]}-{self.part.chunk}-{place.name}",
+            "id": f"{self._address[:12]}-{self._about}-{place.name}",
             "context": self.context_text,
             **columns,
             **self._constants,

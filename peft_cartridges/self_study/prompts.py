@@ -81,6 +81,44 @@ CHAIN_OF_THOUGHT = (
 )
 
 
+# What opens a conversation that has nothing to do with the corpus: kinds of requests, and what they may be about.
+_GENERAL = (
+    "Write one question that someone might ask an assistant about {subject}. Reply with the question only.",
+    "Write a short request to an assistant that has to do with {subject}. Reply with the request only.",
+    "Ask for an explanation of something about {subject} that a beginner would not know. One question only.",
+    "Ask for advice on {subject}. Write only what the person would say.",
+    "Write an instruction that asks for a short text (a story, a poem, an email, a slogan) about {subject}.",
+    "Write an instruction that asks for a list or a plan concerning {subject}. Reply with the instruction only.",
+    "Write a small exercise about {subject} that has one right answer. Reply with the exercise only.",
+    "Write one sentence about {subject}, and in front of it the request to rewrite, translate or correct it.",
+    "Write an instruction that gives some words to do with {subject} and asks to sort or classify them.",
+    "Ask for a comparison of two things to do with {subject}. One question only.",
+    "Write a request for a few lines of code, or a formula, that has to do with {subject}.",
+    "Write a friendly message to an assistant that mentions {subject} and asks something.",
+)
+_SUBJECTS = (
+    "cooking for many guests", "a bread recipe", "healthy breakfasts", "running a marathon", "sleeping better",
+    "back pain at a desk", "learning a language", "English grammar", "French words", "spelling", "letters to a landlord",
+    "a job interview", "a birthday card", "an apology to a friend", "saving money", "taxes for beginners",
+    "percentages and prices", "adding fractions", "the area of a circle", "prime numbers", "probability and dice",
+    "sorting a list in Python", "a loop in JavaScript", "an SQL query", "a spreadsheet", "passwords", "a slow computer",
+    "photography at night", "playing the guitar", "jazz", "a film for the family", "a detective novel", "a short poem",
+    "a fairy tale about a fox", "chess openings", "card games", "football rules", "a camping trip", "a week in Italy",
+    "trains and timetables", "houseplants", "a vegetable garden", "keeping a cat", "training a dog", "birds in winter",
+    "dinosaurs", "volcanoes", "the planets", "how rain forms", "magnets", "electric cars", "bridges", "the human heart",
+    "vaccines", "vitamins", "the Roman Empire", "explorers and ships", "the printing press", "capital cities", "rivers",
+    "elections", "recycling", "a small business", "a product review", "customer complaints", "meetings that take too long",
+    "raising children", "a present for a colleague", "moving house", "repairing a bicycle", "painting a room", "dreams",
+    "honesty", "jokes and puns", "synonyms and opposites", "a news headline",
+)  # fmt: skip
+# What the asking side is told after an answer in such a conversation.
+GENERAL_FOLLOW_UPS = (
+    "Now ask a further question that builds on this answer. Reply with the question only.",
+    "Ask about something that this answer leaves open. One question only.",
+    "Ask for an example of one thing that this answer mentions. Reply with the question only.",
+)
+
+
 _CONTINUE = (
     "How does the text go on after this? “{cue}”",
     "Continue the text from here, word for word: “{cue}”",
@@ -108,6 +146,11 @@ def draw_seed_prompt(seed_type: str, rng: random.Random, *, passage: str | None 
     check_seed_types([seed_type])
     prompt = rng.choice(SEED_PROMPTS[seed_type]).format(format=rng.choice(_FORMATS))
     return prompt if passage is None else rng.choice(_FOCUS).format(passage=passage, prompt=prompt)
+
+
+def draw_general_prompt(rng: random.Random) -> str:
+    """What opens a conversation that is about no text."""
+    return rng.choice(_GENERAL).format(subject=rng.choice(_SUBJECTS))
 
 
 def check_seed_types(seed_types: list[str] | tuple[str, ...]) -> None:

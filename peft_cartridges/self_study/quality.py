@@ -22,7 +22,7 @@ class Candidate:
 
     Args:
         messages: User and assistant in turns, each with `role` and `content`.
-        context: The chunk.
+        context: The chunk; empty off context.
         seed_type: What the conversation began with; a `recitation`'s answer is a passage of the chunk.
         questions_ended, answers_ended: For each turn, whether the model ended it (or it was cut at its longest).
     """
@@ -96,10 +96,11 @@ _BEGINNING = 120
 
 
 class Refusal(QualityFilter):
-    """Drops a conversation with an answer that begins by declining (in English). Recitations pass: they quote."""
+    """Drops a conversation with an answer that begins by declining (in English). Recitations pass: they quote; and so do
+    conversations off context, in which the model is to stay as it is."""
 
     def drops(self, candidate: Candidate) -> bool:
-        if candidate.seed_type == "recitation":
+        if candidate.seed_type == "recitation" or not candidate.context:
             return False
         return any(_REFUSAL.search(answer[:_BEGINNING].replace("’", "'")) for answer in candidate.answers)
 
@@ -194,7 +195,7 @@ class VagueQuestion(QualityFilter):
     """
 
     def drops(self, candidate: Candidate) -> bool:
-        if not candidate.messages or candidate.seed_type == "recitation":
+        if not candidate.messages or candidate.seed_type == "recitation" or not candidate.context:
             return False
         return not (telling_terms(candidate.questions[0]) & telling_terms(candidate.context))
 

@@ -26,6 +26,7 @@ from ..conversations.targets import (
 from ..hidden_states import OutputHead, predicting_states
 from .engines import ContextPrefixes, Outcome, Request
 from .engines.transformers import bare
+from .off_context import context_of_teacher
 from .part_study import RECITATION, num_dialogues
 from .synthesis_config import SynthesisConfig
 
@@ -44,12 +45,18 @@ class ModelScorer:
         codec: Renders contexts.
         args: Which targets, and whether usefulness is measured.
         prefixes: Shared with an engine of the same model.
+        bare_preamble: See `context_of_teacher`.
     """
 
     def __init__(
-        self, model: Any, codec: ChatCodec, args: SynthesisConfig, prefixes: ContextPrefixes | None = None
+        self,
+        model: Any,
+        codec: ChatCodec,
+        args: SynthesisConfig,
+        prefixes: ContextPrefixes | None = None,
+        bare_preamble: Sequence[int] = (),
     ) -> None:
-        self.model, self.codec, self.args = model, codec, args
+        self.model, self.codec, self.args, self.bare_preamble = model, codec, args, bare_preamble
         self.prefixes = prefixes or ContextPrefixes(model)
         self.head = OutputHead(model)
 
@@ -78,26 +85,27 @@ class ModelScorer:
     def _states(self, rows: Sequence[dict[str, Any]]) -> list[torch.Tensor]:
         """States `[learned, hidden_size]` that predict each row's learned tokens, with its context in front."""
         results: list[Any] = [None] * len(rows)
-        for context in dict.fromkeys(row["context"] for row in rows):
-            chosen = [number for number, row in enumerate(rows) if row["context"] == context]
-            with self.prefixes.behind(tuple(self.codec.encode_context(context))):
-                found = self._predicting([rows[number] for number in chosen], behind=True)
+        seen = [context_of_teacher(row, self.codec, self.bare_preamble) for row in rows]
+        for context in dict.fromkeys(context for context, _ in seen):
+            chosen = [number for number, (own, _) in enumerate(seen) if own == context]
+            with self.prefixes.behind(context):
+                found = self._predicting([rows[number] for number in chosen], [seen[number][1] for number in chosen])
             for number, states in zip(chosen, found, strict=True):
                 results[number] = states
         return results
 
-    def _predicting(self, rows: Sequence[dict[str, Any]], *, behind: bool) -> list[torch.Tensor]:
-        """States for the learned tokens of rows, from `turns_start` on where they stand `behind` a context."""
+    def _predicting(self, rows: Sequence[dict[str, Any]], ids: Sequence[list[int]]) -> list[torch.Tensor]:
+        """States for the learned tokens of rows, of whose ids the last `ids` are read."""
         places = [learned_tokens(row) for row in rows]
-        ids = [row["input_ids"][row["turns_start"] if behind else 0 :] for row in rows]
         spans = [len(row["input_ids"]) - int(place[0]) for row, place in zip(rows, places, strict=True)]
         found = predicting_states(self.model, ids, spans)
         return [states[(place - place[0]).to(states.device)] for states, place in zip(found, places, strict=True)]
 
     def _usefulness(self, rows: Sequence[dict[str, Any]], found: Sequence[torch.Tensor]) -> list[float | None]:
-        """KL of the teacher from itself without the context, nats per learned token; none for recitations."""
-        measured = [number for number, row in enumerate(rows) if row["seed_type"] != RECITATION]
-        without = self._predicting([rows[number] for number in measured], behind=False) if measured else []
+        """KL of the teacher from itself without the context, nats per learned token; none for recitations and off context."""
+        measured = [number for number, row in enumerate(rows) if _has_usefulness(row)]
+        chosen = [rows[number] for number in measured]
+        without = self._predicting(chosen, [row["input_ids"] for row in chosen]) if measured else []
         results: list[float | None] = [None] * len(rows)
         for number, other in zip(measured, without, strict=True):
             total = 0.0
@@ -148,10 +156,18 @@ class EngineScoring:
         written: Its rows.
         codec: Renders contexts.
         args: How many tokens, and whether usefulness is measured.
+        bare_preamble: See `context_of_teacher`.
     """
 
-    def __init__(self, part: Part, written: Dataset, codec: ChatCodec, args: SynthesisConfig) -> None:
-        self.part, self.args = part, args
+    def __init__(
+        self,
+        part: Part,
+        written: Dataset,
+        codec: ChatCodec,
+        args: SynthesisConfig,
+        bare_preamble: Sequence[int] = (),
+    ) -> None:
+        self.part, self.args, self.bare_preamble = part, args, bare_preamble
         self.rows = written.with_format(None).to_list()
         self.codec = codec
         self.finished = False
@@ -165,9 +181,9 @@ class EngineScoring:
             if row.get("teacher_top_k_ids") is not None:
                 self._behind[number] = _read_top_k(row, len(place))
             else:
-                context = tuple(self.codec.encode_context(row["context"]))
-                self._ask(self._behind, number, context, row["input_ids"][row["turns_start"] :], int(place[0]))
-            if self.args.measures_usefulness and row["seed_type"] != RECITATION:
+                context, ids = context_of_teacher(row, self.codec, self.bare_preamble)
+                self._ask(self._behind, number, context, ids, int(place[0]))
+            if self.args.measures_usefulness and _has_usefulness(row):
                 self._ask(self._without, number, (), row["input_ids"], int(place[0]))
         self.finished = not self._asked
         return list(self._asked)
@@ -204,15 +220,21 @@ class EngineScoring:
 def finish(part: Part, rows: list[dict[str, Any]], dropped: Counter[str], args: SynthesisConfig) -> Scored:
     """Drops what is not useful, keeps the best of what is too much, and makes the table."""
     if args.measures_usefulness:
-        dialogues = [row for row in rows if row["seed_type"] != RECITATION]
+        dialogues = [row for row in rows if _has_usefulness(row)]
         useful = [row for row in dialogues if row["usefulness"] >= args.min_usefulness]
         best = sorted(useful, key=lambda row: -row["usefulness"])[: num_dialogues(args, part)]
         dropped["not_useful"] += len(dialogues) - len(useful)
         dropped["less_useful"] += len(useful) - len(best)
         chosen = {row["id"] for row in best}
-        rows = [row for row in rows if row["seed_type"] == RECITATION or row["id"] in chosen]
+        rows = [row for row in rows if not _has_usefulness(row) or row["id"] in chosen]
     features = make_features(args.teacher_targets, usefulness=args.measures_usefulness)
     return rows_to_table(rows, features), {"dropped": dict(+dropped)}
+
+
+def _has_usefulness(row: Mapping[str, Any]) -> bool:
+    """Whether it is measured what the chunk is worth to a row: a recitation is nothing without it, and a row off context
+    has none."""
+    return row["seed_type"] != RECITATION and bool(row["context"])
 
 
 def _read_top_k(row: dict[str, Any], length: int) -> TopK:

@@ -44,11 +44,15 @@ class SynthesisConfig:
 
     # > How much is made, and about what
 
-    num_conversations: int = _carries(
-        "How many conversations to make. The paper uses tens of thousands, each once. A set may be extended later.", 512
+    num_conversations: int | None = _carries(
+        "How many conversations about the corpus to make; by default one for 10 of its tokens, and at least 512 (paper: "
+        "one for 7, each used once). A set may be extended later.",
+        None,
     )
     conversations_per_chunk: int = _decides(
-        "Conversations about one chunk. It is prefilled once for all of them: more are cheaper.", 32
+        "Conversations about one chunk, at most: it is prefilled once for all of them. Chunks get fewer where the corpus "
+        "would not be covered twice.",
+        32,
     )
     min_chunk_tokens: int = _decides("Shortest chunk in tokens (paper: 512).", 512)
     max_chunk_tokens: int = _decides(
@@ -74,6 +78,17 @@ class SynthesisConfig:
         "Share of conversations that ask for a passage of the chunk word for word (not in the paper). They cost no "
         "generation and teach the text itself, facts most of all; nothing but them harms free conversation.",
         0.5,
+    )
+    off_context_share: float = _carries(
+        "Share of each training batch that is general conversation, whose teacher has no text in its context (not in the "
+        "paper): it keeps the cartridge from changing what has nothing to do with its text. They are made beside "
+        "`num_conversations`. 0 mixes in none.",
+        0.1,
+    )
+    off_context_dataset: str | None = _decides(
+        "General conversations or prompts of your own (`messages`, or `prompt` and `completion`): a file of JSON lines, or "
+        "a data set's name on the Hub. By default the model writes them itself.",
+        None,
     )
     num_rounds: int = _decides(
         "Questions and answers in a conversation: 2 gives A, B, A, B. All answers are learned.", 1
@@ -190,8 +205,9 @@ class SynthesisConfig:
     )
 
     def __post_init__(self) -> None:
+        if self.num_conversations is not None and self.num_conversations < 1:
+            raise ValueError(f"`num_conversations` must be at least 1, got {self.num_conversations}.")
         for name in (
-            "num_conversations",
             "conversations_per_chunk",
             "min_chunk_tokens",
             "max_question_tokens",
@@ -220,6 +236,8 @@ class SynthesisConfig:
         for name in ("question_temperature", "answer_temperature", "min_usefulness", "max_retries"):
             if getattr(self, name) < 0:
                 raise ValueError(f"`{name}` must not be negative, got {getattr(self, name)}.")
+        if not 0 <= self.off_context_share < 1:
+            raise ValueError(f"`off_context_share` must be at least 0 and below 1, got {self.off_context_share}.")
         if self.oversampling < 1:
             raise ValueError(f"`oversampling` must be at least 1, got {self.oversampling}.")
         for name, choices in (

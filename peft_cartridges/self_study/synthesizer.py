@@ -9,7 +9,7 @@ import shutil
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ..chat import ChatCodec, with_cartridge_chat_template
-from ..conversations.folder import WRITTEN, ConversationFolder, Part, cover
+from ..conversations.folder import OFF_CONTEXT, WRITTEN, ConversationFolder, Part, plan_parts
 from ..conversations.loading import read_parts, without_bulk, without_rows
 from ..conversations.provenance import CorpusDigest, describe, make_identity, origin_of
 from ..conversations.report import make_report, without
@@ -29,11 +29,13 @@ from ..model_identity import model_fingerprint, tokenizer_fingerprint
 from .dialogue import SeedPrompts
 from .dispatch import Dispatcher, Job
 from .engines import Engine, TransformersEngine, check_engines, make_engines
+from .off_context import GivenConversations, num_off_context
 from .part_study import PartStudy
 from .processes import Processes
 from .progress import Progress
 from .quality import Candidate, make_filters
 from .scoring import EngineScoring, ModelScorer
+from .sizes import conversations_of_chunks, num_conversations
 from .synthesis_config import SynthesisConfig
 
 # Parts whose first requests are measured against the window before anything runs.
@@ -54,6 +56,8 @@ class SelfStudySynthesizer:
         engines: What writes, instead of what `args.engine` names: one or many `Engine`s of one model.
         seed_prompts: Texts, or a callable that is given a chunk and a `random.Random` and gives a text; used instead
             of the built-in seed prompts.
+        off_context_dataset: General conversations or prompts of your own, a `datasets.Dataset` or other rows, instead of
+            what `args.off_context_dataset` names; see `GivenConversations`.
 
     Example:
 
@@ -74,11 +78,18 @@ class SelfStudySynthesizer:
         *,
         engines: Engine | Sequence[Engine] | None = None,
         seed_prompts: SeedPrompts | None = None,
+        off_context_dataset: Any = None,
     ) -> None:
         self.args = args if args is not None else SynthesisConfig()
+        options: dict[str, Any] = {
+            "chat_template_kwargs": self.args.chat_template_kwargs,
+            "thoughts": self.args.thoughts,
+        }
+        bare = ChatCodec(model, processing_class, **options)
+        self._bare_preamble = bare.preamble if bare.has_template else []
         if not self.args.default_system_prompt:
             processing_class = with_cartridge_chat_template(processing_class)
-        self.codec = ChatCodec(model, processing_class, self.args.chat_template_kwargs, thoughts=self.args.thoughts)
+        self.codec = ChatCodec(model, processing_class, **options)
         kind = self.args.teacher_targets
         wants_top_k = model is None and (kind == "top_k" or self.args.measures_usefulness)
         if engines is None:
@@ -103,9 +114,12 @@ class SelfStudySynthesizer:
         self.model = model
         self._engine_scores = scores
         here = [one for one in self.engines if isinstance(one, TransformersEngine) and one.model is model]
-        self._scorer = ModelScorer(model, self.codec, self.args, here[0].prefixes if here else None) if model else None
+        prefixes = here[0].prefixes if here else None
+        self._scorer = ModelScorer(model, self.codec, self.args, prefixes, self._bare_preamble) if model else None
         self._one_model = len(here) == len(self.engines) == 1
         self.seed_prompts: SeedPrompts | None = seed_prompts or self.args.seed_prompts or None
+        source = self.args.off_context_dataset if off_context_dataset is None else off_context_dataset
+        self._given = None if source is None else GivenConversations.load(source, self.args.synthesis_seed)
 
     # -- what users call ---------------------------------------------------------------------------------------------
 
@@ -127,7 +141,7 @@ class SelfStudySynthesizer:
             token is learned), `turns_start` (where what the teacher sees too begins), the teacher's targets
             (`teacher_hidden_states`, flat `[learned tokens * hidden_size]`; or `teacher_top_k_ids` and
             `teacher_top_k_logprobs`, flat `[learned tokens * k]`; or none, if they are `live`), `chunk_id`, `context`
-            (the text in the teacher's context), `seed_type`, `id`, `origin`, and `usefulness` where that is measured.
+            (the text in the teacher's context; both are null in general conversations, which come last), `seed_type`, `id`, `origin`, and `usefulness` where that is measured.
             `read_report` gives what it was made from and what came of it.
 
         Raises:
@@ -139,14 +153,16 @@ class SelfStudySynthesizer:
         digest = CorpusDigest(corpus_name or _dataset_name(corpus))
         chunker = self._chunker(digest.reading(iter_documents(corpus)))
         identity = self._identity(digest.identity())
+        identity["synthesis"]["num_conversations"] = num_conversations(self.args, chunker.lengths)
         folder = ConversationFolder(processes.same(lambda: output_dir or _temporary_folder()))
-        self._check_engines(folder)
+        wanted = self._wanted(chunker)
+        self._check_engines(folder, wanted)
         if processes.is_main:
             folder.claim(identity)
         processes.wait_for_all()
         identity = folder.claim(identity)
-        chunks = self._chunks(chunker)
-        plan = self._plan(folder.parts(WRITTEN))
+        chunks = self._chunks(chunker, wanted)
+        plan = plan_parts(folder.parts(WRITTEN), wanted)
         self._check_window(chunker, chunks, plan)
         self._write(folder, plan, chunks, identity, shown=processes.is_main)
         stage = self._score(folder, plan, identity, shown=processes.is_main)
@@ -154,7 +170,7 @@ class SelfStudySynthesizer:
         if processes.is_main:
             self._conclude(folder, stage, plan, identity, chunker.lengths)
         processes.wait_for_all()
-        return self._open(folder, stage, plan)
+        return self._open(folder, stage, plan, wanted)
 
     def preview(self, corpus: Any, number: int = 4) -> tuple[Dataset, float]:
         """A few conversations from all over a corpus, with the run's settings; and the tokens that were generated per
@@ -171,8 +187,10 @@ class SelfStudySynthesizer:
         digest = CorpusDigest()
         chunker = self._chunker(digest.reading(iter_documents(corpus)))
         identity = self._identity(digest.identity())
-        chunks = dict(enumerate(itertools.islice(chunker.chunks(self.args.synthesis_seed), min(number, 4))))
-        plan = [Part(i, 0, number // len(chunks) + (i < number % len(chunks))) for i in chunks]
+        each, rest = divmod(number, min(number, 4))
+        wanted = {chunk: each + (chunk < rest) for chunk in range(min(number, 4))}
+        chunks = self._chunks(chunker, wanted)
+        plan = plan_parts((), wanted)
         self._check_window(chunker, chunks, plan)
         folder = ConversationFolder(_temporary_folder())
         folder.claim(identity)
@@ -181,7 +199,7 @@ class SelfStudySynthesizer:
         stage = self._score(folder, plan, identity, shown=False)
         seconds = time.perf_counter() - start
         report = self._conclude(folder, stage, plan, identity, chunker.lengths)
-        return self._open(folder, stage, plan), report["generated_tokens"] / seconds
+        return self._open(folder, stage, plan, wanted), report["generated_tokens"] / seconds
 
     def check(self, corpus: Any, output_dir: str | Path | None = None) -> None:
         """Whether a run can begin: no model is run, nothing is written.
@@ -193,9 +211,10 @@ class SelfStudySynthesizer:
             ValueError: the corpus is empty or has no `text`, or a chunk does not fit into the model's window.
             EngineError: there is something to write, and no engine can be reached.
         """
-        self._check_engines(None if output_dir is None else ConversationFolder(output_dir))
         chunker = self._chunker(iter_documents(corpus))
-        self._check_window(chunker, self._chunks(chunker), self._plan(()))
+        wanted = self._wanted(chunker)
+        self._check_engines(None if output_dir is None else ConversationFolder(output_dir), wanted)
+        self._check_window(chunker, self._chunks(chunker, wanted), plan_parts((), wanted))
 
     def address(self, corpus: Any) -> str:
         """What the set of a corpus is addressed by: 64 hexadecimal digits, of all that decides its content (corpus,
@@ -217,6 +236,8 @@ class SelfStudySynthesizer:
             own = self.seed_prompts
             named = getattr(own, "__qualname__", type(own).__qualname__) if callable(own) else list(own)
             settings["seed_prompts"] = named
+        settings["off_context_dataset"] = None if self._given is None else self._given.identity
+        unused = ["off_context_dataset"] if self._given is None else []
         engine = self.engines[0]
         return make_identity(
             base_model=engine.model_name if self.model is None else _name_of(self.model),
@@ -224,7 +245,7 @@ class SelfStudySynthesizer:
             tokenizer_fingerprint=tokenizer_fingerprint(self.codec),
             corpus=corpus,
             settings=settings,
-            content_settings=SynthesisConfig.content_settings(),
+            content_settings=[name for name in SynthesisConfig.content_settings() if name not in unused],
         )
 
     def _chunker(self, documents: Iterable[Any]) -> Chunker:
@@ -237,30 +258,23 @@ class SelfStudySynthesizer:
             mode=args.chunking,
         )
 
-    def _chunks(self, chunker: Chunker) -> dict[int, Chunk]:
-        number = -(-self.args.num_conversations // self.args.conversations_per_chunk)
+    def _wanted(self, chunker: Chunker) -> dict[int, int]:
+        """How many conversations there are to be about each chunk and, under `OFF_CONTEXT`, about none."""
+        args, lengths = self.args, chunker.lengths
+        wanted = dict(enumerate(conversations_of_chunks(args, lengths)))
+        general = num_off_context(num_conversations(args, lengths), args.off_context_share)
+        if self._given is not None:
+            general = min(general, len(self._given))
+        return {**wanted, OFF_CONTEXT: general} if general else wanted
+
+    def _chunks(self, chunker: Chunker, wanted: Mapping[int, int]) -> dict[int, Chunk]:
+        number = sum(chunk != OFF_CONTEXT for chunk in wanted)
         return dict(enumerate(itertools.islice(chunker.chunks(self.args.synthesis_seed), number)))
 
-    def _plan(self, there: Sequence[Part]) -> list[Part]:
-        """The parts that make up the set: those that are there, and what they lack."""
-        total, each = self.args.num_conversations, self.args.conversations_per_chunk
-        plan = []
-        for chunk in range(-(-total // each)):
-            wanted = min(each, total - chunk * each)
-            found = cover([part for part in there if part.chunk == chunk])
-            end = 0
-            for part in found:
-                if end < wanted:
-                    plan.append(part)
-                    end = part.end
-            if end < wanted:
-                plan.append(Part(chunk, end, wanted))
-        return plan
-
-    def _check_engines(self, folder: ConversationFolder | None) -> None:
+    def _check_engines(self, folder: ConversationFolder | None, wanted: Mapping[int, int]) -> None:
         """Before anything is written. Where all that they are to do is there, engines may be gone."""
         stages = [WRITTEN, *([self._stage()] if self._engine_scores else [])]
-        plan = self._plan(folder.parts(WRITTEN)) if folder else []
+        plan = plan_parts(folder.parts(WRITTEN), wanted) if folder else []
         if folder is None or not all(folder.has(stage, part) for part in plan for stage in stages):
             check_engines(self.engines)
 
@@ -280,7 +294,7 @@ class SelfStudySynthesizer:
         answered = len(self.codec.encode_prompt(["?"])) + args.max_question_tokens + args.max_answer_tokens
         needed = longest + args.num_rounds * answered
         for part in plan[:_PARTS_MEASURED] if needed <= window else ():
-            study = self._study(part, chunks[part.chunk], window=None)
+            study = self._study(part, chunks.get(part.chunk), window=None)
             asked = [len(request.prompt) + request.max_new_tokens for request in study.begin()]
             turns = max([args.num_rounds * answered, *asked, study.longest_recitation()])
             needed = max(needed, len(study.context) + turns)
@@ -292,8 +306,9 @@ class SelfStudySynthesizer:
                 f"({args.num_rounds})."
             )
 
-    def _study(self, part: Part, chunk: Chunk, **options: Any) -> PartStudy:
-        return PartStudy(part, chunk, self.codec, self.args, seed_prompts=self.seed_prompts, **options)
+    def _study(self, part: Part, chunk: Chunk | None, **options: Any) -> PartStudy:
+        options = {"seed_prompts": self.seed_prompts, "bare_preamble": self._bare_preamble, **options}
+        return PartStudy(part, chunk, self.codec, self.args, given=self._given, **options)
 
     # -- writing -----------------------------------------------------------------------------------------------------
 
@@ -314,7 +329,7 @@ class SelfStudySynthesizer:
 
         def study(part: Part) -> PartStudy:
             options = {"window": self._window(), "constants": constants, "address": identity["address"]}
-            return self._study(part, chunks[part.chunk], **options)
+            return self._study(part, chunks.get(part.chunk), **options)
 
         def keep(job: PartStudy) -> None:
             folder.write(WRITTEN, job.part, rows_to_table(job.rows(), features), job.report)
@@ -388,7 +403,7 @@ class SelfStudySynthesizer:
         if self._engine_scores:
 
             def scoring(part: Part) -> EngineScoring:
-                return EngineScoring(part, folder.read(WRITTEN, part), self.codec, self.args)
+                return EngineScoring(part, folder.read(WRITTEN, part), self.codec, self.args, self._bare_preamble)
 
             def keep(job: EngineScoring) -> None:
                 folder.write(stage, job.part, *job.result())
@@ -431,12 +446,12 @@ class SelfStudySynthesizer:
         """
         reports = [self._part_report(folder, stage, part) for part in plan]
         left_out = self._compare_parts(folder, stage, plan)
-        lost: dict[int, Counter[str]] = {}
+        lost: dict[str, Counter[str]] = {}
         for name, reason in left_out.items():
-            lost.setdefault(int(name.split("-")[1]), Counter())[reason] += 1
+            lost.setdefault(name.split("-")[1], Counter())[reason] += 1
         for number, part in enumerate(plan):
-            if part.chunk in lost:
-                reports[number] = without(reports[number], lost.pop(part.chunk))
+            if counted := lost.pop("off" if part.is_off_context else str(part.chunk), None):
+                reports[number] = without(reports[number], counted)
         report = make_report(reports, lengths)
         there = folder.manifest() or {}
         known = there.get("left_out", {})
@@ -464,20 +479,21 @@ class SelfStudySynthesizer:
         for part in tqdm(plan if comparing else (), desc="Comparing", unit=" parts", delay=2, leave=False):
             rows = folder.read(stage, part).select_columns(["id", "messages", "context", "seed_type"])
             for row in rows:
-                candidate = Candidate(row["messages"], row["context"], row["seed_type"])
+                candidate = Candidate(row["messages"], row["context"] or "", row["seed_type"])
                 reason = next((name for name, one in comparing.items() if one.drops(candidate)), None)
                 if reason is not None:
                     found[row["id"]] = reason
         return found
 
-    def _open(self, folder: ConversationFolder, stage: str, plan: Sequence[Part]) -> Dataset:
+    def _open(self, folder: ConversationFolder, stage: str, plan: Sequence[Part], wanted: Mapping[int, int]) -> Dataset:
         manifest = folder.manifest() or {}
         dataset = read_parts(folder, stage, plan, manifest.get("left_out", {}))
-        total, each = self.args.num_conversations, self.args.conversations_per_chunk
-        last = plan[-1]
-        if (beyond := last.chunk * each + last.end - total) > 0 and total > each * last.chunk:
-            ids = [f"{manifest['address'][:12]}-{last.chunk}-{index}" for index in range(last.end - beyond, last.end)]
-            dataset = without_rows(dataset, ids)
+        beyond = [
+            f"{manifest['address'][:12]}-{'off' if part.is_off_context else part.chunk}-{index}"
+            for part in plan
+            for index in range(max(part.first, wanted[part.chunk]), part.end)
+        ]
+        dataset = without_rows(dataset, beyond)
         if stage == WRITTEN:
             columns = [name for name in make_features("top_k") if name.startswith("teacher_")]
             dataset = dataset.remove_columns([name for name in columns if name in dataset.column_names])

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import re
 import shutil
+import time
 from collections.abc import Iterable
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
 from peft import PeftModel
 
-from ..conversations import read_provenance
+from ..chat import get_tokenizer
+from ..conversations import ConversationFolder, read_provenance
+from ..conversations.folder import WRITTEN
 from ..corpus import as_documents
 from ..self_study import Engine, SelfStudySynthesizer, SynthesisConfig
+from ..self_study.sizes import default_conversations
 from .data_checks import first_rows
 from .rounds import ConversationRounds
 from .self_study_config import SelfStudyConfig
@@ -29,18 +34,22 @@ class CorpusStudy:
     Args:
         dataset: The corpus, a data set with a column `text`.
         args: Settings.
-        processing_class: Tokenizer or processor.
+        processing_class: Tokenizer or processor, with the model's own chat template.
+        off_context_dataset: General conversations, instead of those that `args` names.
 
     Raises:
         ValueError: a document is empty or has no `text`.
     """
 
-    def __init__(self, dataset: Any, args: SelfStudyConfig, processing_class: Any) -> None:
+    def __init__(
+        self, dataset: Any, args: SelfStudyConfig, processing_class: Any, off_context_dataset: Any = None
+    ) -> None:
         self.documents = as_documents(dataset)
         self.text = "\n\n".join(document.text for document in self.documents)
         self.name = getattr(getattr(dataset, "info", None), "dataset_name", None)
         self.args = args
         self.processing_class = processing_class
+        self._off_context_dataset = off_context_dataset
         self.identity: dict[str, Any] | None = None
         self.decided_by: dict[str, Any] = {}  # what decides the conversations, once they are checked or written
         self._engines: list[Engine] | None = None
@@ -86,7 +95,39 @@ class CorpusStudy:
             num_conversations=self.args.num_eval_conversations,
             synthesis_seed=self.args.synthesis_seed + 1,
             recitation_share=0.0,
+            off_context_share=0.0,
         )
+        return self._write(model, settings)
+
+    def measure(self, model: PeftModel, number: int) -> tuple[float, Dataset]:
+        """Seconds that a conversation takes to be written and scored, and the first `number` of the set, which are kept."""
+        settings = SynthesisConfig.from_args(self.args, num_conversations=number)
+        there = ConversationFolder(self._folder / self.address(model)[:12]).parts(WRITTEN)
+        start = time.perf_counter()
+        if there:  # what it took to make them is not known any more
+            self._synthesizer(model, settings).preview(self.documents, number)
+            seconds = time.perf_counter() - start
+            return seconds / number, self._write(model, settings)
+        dataset = self._write(model, settings)
+        return (time.perf_counter() - start) / number, dataset
+
+    def address(self, model: PeftModel) -> str:
+        """Of the set of this corpus, whatever its size."""
+        return self._synthesizer(model, SynthesisConfig.from_args(self.args)).address(self.documents)
+
+    @cached_property
+    def num_tokens(self) -> int:
+        """Length of the corpus."""
+        tokenizer = get_tokenizer(self.processing_class)
+        ids = tokenizer([document.text for document in self.documents], add_special_tokens=False, verbose=False)
+        return sum(map(len, ids["input_ids"]))
+
+    @property
+    def default_conversations(self) -> int:
+        """How many conversations there are to be about the corpus where nothing is said."""
+        return default_conversations(self.num_tokens)
+
+    def _write(self, model: PeftModel, settings: SynthesisConfig) -> Dataset:
         synthesizer = self._synthesizer(model, settings)
         folder = self._folder / synthesizer.address(self.documents)[:12]
         return synthesizer.synthesize(self.documents, output_dir=folder, corpus_name=self.name)
@@ -99,7 +140,13 @@ class CorpusStudy:
 
     def _synthesizer(self, model: PeftModel, settings: SynthesisConfig) -> SelfStudySynthesizer:
         """One that writes by the same engines as those before it: vLLM in this process loads a model for itself."""
-        synthesizer = SelfStudySynthesizer(model, self.processing_class, settings, engines=self._engines)
+        synthesizer = SelfStudySynthesizer(
+            model,
+            self.processing_class,
+            settings,
+            engines=self._engines,
+            off_context_dataset=self._off_context_dataset,
+        )
         if settings.engine != "transformers":  # that one is the model at hand, and holds the chunks that it has read
             self._engines = synthesizer.engines
         return synthesizer
@@ -111,11 +158,12 @@ class CorpusStudy:
     def _rounds(self, model: PeftModel) -> ConversationRounds:
         args = self.args
         rows = args.resample_every * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        general = min(round(rows * args.off_context_share), rows - 1)
         self.identity = {}
 
         def synthesize(number: int) -> Dataset:
             settings = SynthesisConfig.from_args(
-                args, num_conversations=rows, synthesis_seed=args.synthesis_seed + 1_000_003 * number
+                args, num_conversations=rows - general, synthesis_seed=args.synthesis_seed + 1_000_003 * number
             )
             if args.should_save and number:  # the round before has been used
                 shutil.rmtree(self._folder / f"round-{number - 1}", ignore_errors=True)
@@ -125,7 +173,7 @@ class CorpusStudy:
             self.identity = read_provenance(dataset)
             return dataset
 
-        return ConversationRounds(synthesize, rows, -(-args.max_steps // args.resample_every))
+        return ConversationRounds(synthesize, rows, -(-args.max_steps // args.resample_every), general)
 
 
 def text_of_contexts(dataset: Any) -> str | None:
@@ -139,6 +187,18 @@ def text_of_contexts(dataset: Any) -> str | None:
     else:
         contexts = dict.fromkeys(row.get("context") for row in first_rows(dataset, _ROWS_OF_A_STREAM))
     return "\n\n".join(filter(None, contexts)) or None
+
+
+def count_tokens(study: CorpusStudy | None, corpus: str | None, dataset: Any, processing_class: Any) -> int | None:
+    """Length of the text that a cartridge stands in for: of the corpus, where it is known, or as the conversations say;
+    `None` where nobody knows."""
+    if study is not None:
+        return study.num_tokens
+    if corpus is not None:
+        ids = get_tokenizer(processing_class)(corpus, add_special_tokens=False, verbose=False)
+        return len(ids["input_ids"])
+    coverage = (read_provenance(dataset).get("report") or {}).get("coverage") or {}
+    return sum(document["num_tokens"] for document in coverage.values()) or None
 
 
 def find_hub_datasets(dataset: Any) -> list[str]:

@@ -21,6 +21,7 @@ from ..kv_prefix import evaluating
 from ..self_study import TransformersEngine
 from ..self_study.engines.engine import Request
 from ..self_study.engines.transformers import ContextPrefixes, bare
+from ..self_study.off_context import context_of_teacher
 from .batches import STATES, TOP_K, has_targets
 
 Row = dict[str, Any]
@@ -33,25 +34,28 @@ class LiveTeacher:
         model: The PEFT model that is trained.
         codec: Renders a context.
         cache_size: How many chunks' prefixes are kept; the one that was not used for the longest time goes first.
+        bare_preamble: What stands in front of a row off context, see `context_of_teacher`.
     """
 
-    def __init__(self, model: PeftModel, codec: ChatCodec, *, cache_size: int = 16) -> None:
+    def __init__(
+        self, model: PeftModel, codec: ChatCodec, *, cache_size: int = 16, bare_preamble: Sequence[int] = ()
+    ) -> None:
         self.model = model
         self.codec = codec
+        self.bare_preamble = bare_preamble
         self.prefixes = ContextPrefixes(model, cache_size)
 
-    def states(
-        self, contexts: Sequence[str], rows: Sequence[Sequence[int]], num_predicted: Sequence[int]
-    ) -> list[Tensor]:
+    def states(self, rows: Sequence[Row], num_predicted: Sequence[int]) -> list[Tensor]:
         """Final hidden states `[num_predicted[i], hidden_size]` that predict the last tokens of row i behind its
-        context. Rows of one context are computed together."""
+        context; without one, of the model as it is. Rows of one context are computed together."""
         results: list[Tensor] = [torch.empty(0)] * len(rows)
+        seen = [context_of_teacher(row, self.codec, self.bare_preamble) for row in rows]
         with bare(self.model):
-            for context in dict.fromkeys(contexts):
-                chosen = [index for index, other in enumerate(contexts) if other == context]
-                with self.prefixes.behind(tuple(self.codec.encode_context(context))):
+            for context in dict.fromkeys(context for context, _ in seen):
+                chosen = [index for index, (own, _) in enumerate(seen) if own == context]
+                with self.prefixes.behind(context):
                     states = predicting_states(
-                        self.model, [rows[i] for i in chosen], [num_predicted[i] for i in chosen]
+                        self.model, [seen[i][1] for i in chosen], [num_predicted[i] for i in chosen]
                     )
                 for index, state in zip(chosen, states, strict=True):
                     results[index] = state
@@ -159,8 +163,7 @@ class LiveTargets:
     def _scored(self, rows: list[Row]) -> list[Row]:
         unscored = [row for row in rows if not _has_targets(row) and any(row["completion_mask"])]
         counts = [len(row["input_ids"]) - _first_learned(row) for row in unscored]
-        turns = [list(row["input_ids"][row["turns_start"] :]) for row in unscored]
-        found = self.teacher.states([row["context"] for row in unscored], turns, counts) if unscored else []
+        found = self.teacher.states(unscored, counts) if unscored else []
         for row, states in zip(unscored, found, strict=True):
             learned = torch.tensor(row["completion_mask"][-len(states) :], dtype=torch.bool, device=states.device)
             row[STATES] = states[learned]

@@ -6,7 +6,7 @@ import json
 import logging
 import os
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import PeftModel, get_peft_model
@@ -19,6 +19,9 @@ from ..hidden_states import forward_hidden_states
 from ..kv_prefix import evaluating
 from ..tuner import CartridgeConfig, CartridgeModel
 from .self_study_config import SelfStudyConfig
+
+if TYPE_CHECKING:
+    from .self_study_trainer import SelfStudyTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +49,32 @@ def check_distribution(args: SelfStudyConfig) -> None:
         raise ValueError(
             "`shard_model=True` needs several processes: start with `accelerate launch --num_processes N …`, or set it "
             "to False."
+        )
+
+
+def check_settings(trainer: SelfStudyTrainer) -> None:
+    """Raises:
+    ValueError: settings do not go with the device or the data, now that they are there.
+    """
+    args, dataset = trainer.args, trainer.train_dataset
+    if args.use_liger_kernel and args.device.type != "cuda":
+        raise ValueError(f"`use_liger_kernel=True` needs a CUDA device, this is {args.device.type}: set it to False.")
+    sharded = "`shard_model`" if is_sharded(trainer.model) else "DeepSpeed" if trainer.is_deepspeed_enabled else None
+    if sharded is None:
+        return
+    remedy = "split the weights or their states, while each process would be at another place of the model"
+    names = ["on_policy_fraction", "prompt_loss_weight", *(["ema_decay"] if sharded == "DeepSpeed" else [])]
+    for name in names:
+        if getattr(args, name):
+            raise ValueError(f"`{name}` does not go with {sharded}: {remedy}. Use DDP, or set it to 0.")
+    if args.budget is not None:
+        raise ValueError(
+            f"`budget` does not go with {sharded}: no step can be measured before training. Set `max_steps`."
+        )
+    if sharded == "`shard_model`" and (trainer.study is not None or trainer._data.is_live(dataset)):
+        raise ValueError(
+            "`shard_model=True` needs conversations with the teacher's targets as `train_dataset`: writing and "
+            "scoring them needs the whole model in each process. Make them first with `cartridges synthesize`."
         )
 
 

@@ -11,6 +11,8 @@ from torch.utils.data import Dataset as TorchDataset
 from torch.utils.data import Sampler
 
 from ..conversations import with_fast_targets
+from ..conversations.rows import off_context_rows
+from .row_order import spread
 
 
 class ConversationRounds(TorchDataset[dict[str, Any]]):
@@ -22,11 +24,15 @@ class ConversationRounds(TorchDataset[dict[str, Any]]):
         rows_per_round: How many rows a round lends; if `synthesize` gives fewer (empty answers are dropped), some are
             used twice.
         num_rounds: How many rounds there are.
+        off_context: How many of a round's rows, its last, are general conversations.
     """
 
-    def __init__(self, synthesize: Callable[[int], Dataset], rows_per_round: int, num_rounds: int) -> None:
+    def __init__(
+        self, synthesize: Callable[[int], Dataset], rows_per_round: int, num_rounds: int, off_context: int = 0
+    ) -> None:
         self.rows_per_round = rows_per_round
         self.num_rounds = num_rounds
+        self.off_context = off_context
         self._synthesize = synthesize
         self._round = -1
         self._rows: Dataset | None = None
@@ -39,14 +45,19 @@ class ConversationRounds(TorchDataset[dict[str, Any]]):
         if number != self._round:
             # Synthesis draws from the global random state, which is the training's.
             with torch.random.fork_rng():
-                self._rows = with_fast_targets(self._synthesize(number))
-            self._round = number
+                made = self._synthesize(number)
+                self._rows = with_fast_targets(made)
+            self._round, apart = number, set(off_context_rows(made))
+            self._kinds = [[place for place in range(len(made)) if place not in apart], sorted(apart)]
         assert self._rows is not None
-        return self._rows[row % len(self._rows)]
+        first = self.rows_per_round - self.off_context
+        others, general = self._kinds
+        kept = general if row >= first and general else others
+        return self._rows[kept[(row - first if kept is general else row) % len(kept)]]
 
 
 class RoundOrder(Sampler[int]):
-    """Round after round, shuffled within each by its seed."""
+    """Round after round, shuffled within each by its seed, general conversations evenly among the others."""
 
     def __init__(self, rounds: ConversationRounds, seed: int) -> None:
         self.rounds = rounds
@@ -59,4 +70,6 @@ class RoundOrder(Sampler[int]):
         size = self.rounds.rows_per_round
         for number in range(self.rounds.num_rounds):
             generator = torch.Generator().manual_seed(self.seed + number)
-            yield from (torch.randperm(size, generator=generator) + number * size).tolist()
+            first = size - self.rounds.off_context
+            order = (torch.randperm(first, generator=generator) + number * size).tolist()
+            yield from spread(order, None, range(number * size + first, (number + 1) * size))

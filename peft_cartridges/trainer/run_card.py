@@ -18,6 +18,7 @@ from datasets import Dataset
 from ..adapter_folder import CONFIG_FILE, read_cartridge
 from ..chat import get_tokenizer
 from ..conversations import read_provenance
+from ..conversations.rows import off_context_rows
 from ..hub import CardFacts, Metric, save_facts, write_model_card
 from ..hub.base_license import read_base_license
 from ..hub.card_facts import gate_facts
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 _RECIPE = (
     "loss_type", "loss_temperature", "prompt_loss_weight", "on_policy_fraction", "resample_every", "learning_rate",
     "key_learning_rate", "value_learning_rate", "lr_scheduler_type", "warmup_steps", "max_grad_norm", "ema_decay",
-    "per_device_train_batch_size", "gradient_accumulation_steps", "adam_beta1", "adam_beta2", "seed",
+    "off_context_share", "budget", "per_device_train_batch_size", "gradient_accumulation_steps", "adam_beta1", "adam_beta2", "seed",
 )  # fmt: skip
 _SYNTHESIS = (
     "seed_types", "recitation_share", "conversations_per_chunk", "min_chunk_tokens", "max_chunk_tokens", "num_rounds",
@@ -95,6 +96,7 @@ def _facts(trainer: SelfStudyTrainer, folder: str) -> CardFacts:
         corpus_sha256=digest,
         recipe=recipe,
         num_conversations=len(data) if known else None,
+        off_context_conversations=len(off_context_rows(data)) if known and isinstance(data, Dataset) else None,
         seed_types=dict(Counter(data["seed_type"])) if typed else {},
         filters=report.get("dropped", {}),
         metrics=_metrics(trainer),

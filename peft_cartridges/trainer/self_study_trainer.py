@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -23,9 +24,10 @@ from ..initialization import initialize_cartridge, needs_text
 from ..objectives import Objective
 from ..tuner import CartridgeConfig
 from .batches import SelfStudyCollator, keep_rows, source_of
+from .budget import RunBudget
 from .cartridge_parameters import MovingAverage, find_broken_parameter, parameter_groups, sample_values
 from .checkpoints import CheckpointWriter
-from .corpus_study import CorpusStudy, find_hub_datasets, text_of_contexts
+from .corpus_study import CorpusStudy, count_tokens, find_hub_datasets, text_of_contexts
 from .data_checks import check_data, is_corpus
 from .gap_evaluation import GapEvaluation
 from .model_preparation import (
@@ -33,13 +35,15 @@ from .model_preparation import (
     add_cartridge,
     check_distribution,
     check_packing,
+    check_settings,
     is_sharded,
     load_base_model,
 )
 from .pushing import CartridgePusher, PushingTrainer, check_base_name
 from .run_card import write_run_card
-from .run_identity import check_run, keep_run
 from .run_gate import make_run_gate
+from .run_identity import check_run, keep_run
+from .run_size import default_learning_rate
 from .self_study_config import INITIALIZE_FROM_NOTHING, SelfStudyConfig
 from .step_data import StepData
 from .throughput import Throughput, memory_gib
@@ -74,6 +78,8 @@ class SelfStudyTrainer(PushingTrainer):
             does not see: evaluation gives `eval_gold_nll` and, where the corpus is known, `eval_gold_gap_closed`.
         corpus: The text that the cartridge stands in for, where `train_dataset` is conversations.
         quantization_config: As `from_pretrained` takes it, where the model is given by name.
+        off_context_dataset: General conversations or prompts, a `datasets.Dataset`, to be mixed into those that are written
+            about a corpus, instead of what `args.off_context_dataset` names.
 
     `eval_gap_closed` is the share on gold answers if it is known and on conversations if not; with
     `metric_for_best_model="gap_closed"` it picks the best checkpoint and stops early (`EarlyStoppingCallback`).
@@ -125,8 +131,11 @@ class SelfStudyTrainer(PushingTrainer):
         gold_questions: Dataset | Sequence[dict[str, str]] | None = None,
         corpus: str | None = None,
         quantization_config: Any = None,
+        off_context_dataset: Any = None,
     ) -> None:
-        args = SelfStudyConfig(output_dir="self-study") if args is None else args
+        # A copy: what is chosen here for one corpus stays out of the settings of the next.
+        args = SelfStudyConfig(output_dir="self-study") if args is None else copy.copy(args)
+        self.budget = None if args.budget is None else RunBudget(self, args)
         check_distribution(args)
         if isinstance(model, str):
             model, processing_class = load_base_model(model, args, quantization_config, processing_class)
@@ -139,7 +148,14 @@ class SelfStudyTrainer(PushingTrainer):
         if not args.default_system_prompt:
             processing_class = with_cartridge_chat_template(processing_class)
 
-        self.study = CorpusStudy(train_dataset, args, processing_class) if is_corpus(train_dataset) else None
+        self.study = None
+        if is_corpus(train_dataset):
+            self.study = CorpusStudy(train_dataset, args, plain_processing_class, off_context_dataset)
+        elif off_context_dataset is not None or args.off_context_dataset is not None:
+            raise ValueError(
+                "`off_context_dataset` needs a corpus as `train_dataset`: conversations that are written already have "
+                "theirs among them. Give it to `SelfStudySynthesizer` (`cartridges synthesize`), or leave it out."
+            )
         self.corpus = self.study.text if self.study is not None else corpus
         self.hub_datasets = find_hub_datasets(train_dataset)
         is_new = not isinstance(model, PeftModel)
@@ -152,6 +168,9 @@ class SelfStudyTrainer(PushingTrainer):
         if args.push_to_hub:  # not only when all is done
             check_base_name(peft_model, args)
         check_data(train_dataset, eval_dataset, args, peft_model, processing_class)
+        if args.learning_rate is None:
+            length = count_tokens(self.study, corpus, train_dataset, processing_class)
+            args.learning_rate = default_learning_rate(length, peft_model.active_peft_config.num_tokens)
 
         # Gathered by all processes; the card is written by one.
         self.base_identity = identify_base_model(peft_model) if is_sharded(peft_model) else None
@@ -178,6 +197,7 @@ class SelfStudyTrainer(PushingTrainer):
             callbacks=[
                 self.average,
                 self.pusher,
+                *([self.budget] if self.budget is not None else []),
                 *([TrainingCurveCallback()] if args.plot else []),
                 *(callbacks or []),
             ],
@@ -204,33 +224,16 @@ class SelfStudyTrainer(PushingTrainer):
             without_context=plain_processing_class,
         )
         self.codec = ChatCodec(peft_model, processing_class, args.chat_template_kwargs, thoughts=args.thoughts)
+        bare = ChatCodec(peft_model, plain_processing_class, args.chat_template_kwargs, thoughts=args.thoughts)
+        self.bare_preamble = bare.preamble if bare.has_template else []
         self._data = StepData(self)
-        self._check_settings()
+        check_settings(self)
         self._gate: Gate | None = None
         self._throughput = Throughput()
         self._measured = torch.zeros(2, dtype=torch.float64, device=args.device)  # sum of KL, number of tokens
 
     def _send_telemetry(self) -> None:
         """TRL counts the uses of its own trainers; this one is none of them."""
-
-    def _check_settings(self) -> None:
-        args, dataset = self.args, self.train_dataset
-        if args.use_liger_kernel and args.device.type != "cuda":
-            raise ValueError(
-                f"`use_liger_kernel=True` needs a CUDA device, this is {args.device.type}: set it to False."
-            )
-        sharded = "`shard_model`" if is_sharded(self.model) else "DeepSpeed" if self.is_deepspeed_enabled else None
-        if sharded is None:
-            return
-        remedy = "split the weights or their states, while each process would be at another place of the model"
-        for name in ("on_policy_fraction", "prompt_loss_weight", *(["ema_decay"] if sharded == "DeepSpeed" else [])):
-            if getattr(args, name):
-                raise ValueError(f"`{name}` does not go with {sharded}: {remedy}. Use DDP, or set it to 0.")
-        if sharded == "`shard_model`" and (self.study is not None or self._data.is_live(dataset)):
-            raise ValueError(
-                "`shard_model=True` needs conversations with the teacher's targets as `train_dataset`: writing and "
-                "scoring them needs the whole model in each process. Make them first with `cartridges synthesize`."
-            )
 
     # -- before training -------------------------------------------------------------------------------------------------
 
@@ -259,6 +262,8 @@ class SelfStudyTrainer(PushingTrainer):
         self._place_model()
         if self.args.num_eval_conversations and not self.eval_dataset:
             self.eval_dataset = self.study.write_held_out(cast(PeftModel, self.model))
+        if self.budget is not None:
+            self.budget.size_conversations()
         start = time.perf_counter()
         self.train_dataset = self.study.write(cast(PeftModel, self.model))
         if isinstance(self.train_dataset, Dataset):
@@ -292,6 +297,8 @@ class SelfStudyTrainer(PushingTrainer):
             check_packing(self.model)
         self.write_conversations()
         keep_run(self)
+        if self.budget is not None:
+            self.budget.size_steps(resumed=bool(resume_from_checkpoint))
         self._throughput.restart()
         output = super().train(resume_from_checkpoint, *args, **kwargs)
         self.average.apply()
@@ -300,7 +307,7 @@ class SelfStudyTrainer(PushingTrainer):
     # -- batches -----------------------------------------------------------------------------------------------------
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        order = self._data.order(self.train_dataset if train_dataset is None else train_dataset)
+        order = self._data.order(self.train_dataset)  # whole: what a loader reads has no columns that nobody learns
         return super()._get_train_sampler(train_dataset) if order is None else order
 
     def _get_eval_sampler(self, eval_dataset: Any) -> Any:

@@ -12,11 +12,12 @@ from torch import Tensor
 from torch.utils.data import Sampler
 
 from ..conversations import with_fast_targets
+from ..conversations.rows import off_context_rows
 from .batches import STATES, TOP_K, EvenRows, EvenStream, SelfStudyCollator, has_targets
 from .data_checks import first_rows
 from .live_targets import LiveTargets, LiveTeacher
 from .rounds import ConversationRounds, RoundOrder
-from .row_order import SeededOrder, by_chunk, by_length, row_lengths
+from .row_order import Arrange, SeededOrder, by_chunk, by_length, row_lengths
 
 if TYPE_CHECKING:
     from .self_study_trainer import SelfStudyTrainer
@@ -58,18 +59,22 @@ class StepData:
             return RoundOrder(dataset, self.seed)
         if strategy not in ("group_by_length", "random") or not isinstance(dataset, Dataset):
             return None
-        arrange = None
+        arrange: Arrange | None = None
         if strategy == "group_by_length" and self.is_live(dataset):
             name = "chunk_id" if "chunk_id" in dataset.column_names else "context"
             arrange = by_chunk(list(dataset[name]), args.rows_per_chunk)
         elif strategy == "group_by_length":
             per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
             arrange = by_length(row_lengths(dataset), per_step)
-        return SeededOrder(len(dataset), self.seed, arrange)
+        general = off_context_rows(dataset)
+        return SeededOrder(len(dataset), self.seed, arrange, off_context=general, share=args.off_context_share)
 
     def prepared(self, dataset: Any, batch_size: int, *, is_training: bool) -> Any:
         """The data set as its loader reads it: without columns that nobody looks at, and, to be measured, filled up to
-        the same number of batches for every process."""
+        the same number of batches for every process and without the general conversations that are among others."""
+        if not is_training and isinstance(dataset, Dataset) and (general := set(off_context_rows(dataset))):
+            about = [index for index in range(len(dataset)) if index not in general]
+            dataset = dataset.select(about) if about else dataset
         live = self.is_live(dataset, is_training=is_training)
         if isinstance(dataset, Dataset) and isinstance(self.trainer.data_collator, SelfStudyCollator) and not live:
             wanted = _NEEDED if self.args.needs_teacher or not is_training else _NEEDED[:2]
@@ -86,7 +91,12 @@ class StepData:
         """What finishes rows; made when it is first needed."""
         args, trainer = self.args, self.trainer
         return LiveTargets(
-            LiveTeacher(cast(PeftModel, trainer.model), trainer.codec, cache_size=args.teacher_cache_size),
+            LiveTeacher(
+                cast(PeftModel, trainer.model),
+                trainer.codec,
+                cache_size=args.teacher_cache_size,
+                bare_preamble=trainer.bare_preamble,
+            ),
             on_policy_fraction=args.on_policy_fraction,
             prompt_loss_weight=args.prompt_loss_weight,
             needs_teacher=args.needs_teacher,

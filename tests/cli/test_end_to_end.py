@@ -27,6 +27,7 @@ ROOT = Path(__file__).parents[2]
 SYNTHESIS = [
     "--num-conversations", "64", "--conversations-per-chunk", "4", "--min-chunk-tokens", "30", "--max-chunk-tokens", "40",
     "--max-question-tokens", "6", "--max-answer-tokens", "8", "--quality-filters", "empty",
+    "--off-context-share", "0.05",
 ]  # fmt: skip
 TRAINING = [
     "--num-tokens", "8", "--use-cpu", "--steps", "30", "--save-steps", "3", "--logging-steps", "1", "--warmup-steps", "0",
@@ -60,7 +61,8 @@ def test_from_a_corpus_over_the_hub_to_an_answer(hub: LocalHub, folder: Path) ->
     out = str(folder / "out")
     assert main(["train", "--conversations", "user/talks", *model, "--output-dir", out, *TRAINING]) == 0
     facts = json.loads((folder / "out" / "cartridge.json").read_text())
-    assert facts["num_conversations"] == 64 and facts["corpus_name"] == "corpus.md"
+    assert facts["num_conversations"] == 67 and facts["off_context_conversations"] == 3  # over the Hub and back
+    assert facts["corpus_name"] == "corpus.md"
     assert main(["push", out, "user/cartridge", "--base-model", "org/base", "--private"]) == 0
     assert {"adapter_model.safetensors", "adapter_config.json", "README.md"} <= set(hub.files("user/cartridge"))
 

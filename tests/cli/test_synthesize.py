@@ -19,7 +19,7 @@ from tests.tiny_models import tiny_model, tiny_tokenizer
 
 SMALL = [
     "--num-conversations", "6", "--conversations-per-chunk", "3", "--min-chunk-tokens", "30", "--max-chunk-tokens",
-    "40", "--max-question-tokens", "6", "--max-answer-tokens", "8",
+    "40", "--max-question-tokens", "6", "--max-answer-tokens", "8", "--off-context-share", "0",
 ]  # fmt: skip
 
 
@@ -102,7 +102,7 @@ def test_every_setting_is_an_option(
         num_conversations=6, conversations_per_chunk=3, min_chunk_tokens=30, max_chunk_tokens=40,
         max_question_tokens=6, max_answer_tokens=8, chunking="auto", seed_types=["question", "creative"],
         refill_finished_rows=False, quality_filters=[], teacher_targets="top_k", teacher_top_k=4,
-        system_prompts=["the captain says"], chat_template_kwargs='{"x": 1}',
+        system_prompts=["the captain says"], chat_template_kwargs='{"x": 1}', off_context_share=0.0,
     )  # fmt: skip
     assert told == vars(expected)
 

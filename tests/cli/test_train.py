@@ -21,6 +21,7 @@ from tests.trainer.small_runs import GOLD, TEXT, TOKENIZER
 SYNTHESIS = [
     "--num-conversations", "16", "--conversations-per-chunk", "4", "--min-chunk-tokens", "30", "--max-chunk-tokens", "40",
     "--max-question-tokens", "6", "--max-answer-tokens", "8", "--quality-filters", "empty",
+    "--off-context-share", "0.2",
 ]  # fmt: skip
 TRAINING = ["--num-tokens", "8", "--use-cpu", "--steps", "4", "--logging-steps", "1", "--warmup-steps", "0"]
 
@@ -45,6 +46,7 @@ def test_from_a_file_to_a_cartridge_that_answers(folder: Path, capsys: pytest.Ca
     assert _train(folder, *SYNTHESIS, *gold, "--save-steps", "2") == 0
     said = capsys.readouterr().err
     assert "Corpus: 1 document, 360 tokens" in said and "To write: 16 conversations" in said
+    assert "4 general conversations beside them" in said
     assert "Warning" not in said and f"The cartridge is in {folder / 'out'}" in said
     out = folder / "out"
     assert {"README.md", "cartridge.json", "eval_results.json", "adapter_model.safetensors", "gate.safetensors"} <= {
@@ -61,7 +63,8 @@ def test_from_a_file_to_a_cartridge_that_answers(folder: Path, capsys: pytest.Ca
         "tokens:",
         "8, 1 of them frozen",
         "corpus.md, 360 tokens",
-        "16 (",
+        "20 (",
+        "general 4",
         "optimizer_steps 4",
         "gold_nll:",
         "gate:",
@@ -82,7 +85,14 @@ def test_written_conversations_are_trained_on(folder: Path) -> None:
     written = ["synthesize", str(folder / "corpus.md"), "--model", str(folder / "model"), "--dtype", "float32"]
     assert main([*written, "--output-dir", str(folder / "set"), *SYNTHESIS]) == 0
     assert _train(folder, "--conversations", str(folder / "set"), corpus=False) == 0
-    assert json.loads((folder / "out" / "cartridge.json").read_text())["num_conversations"] == 16
+    assert json.loads((folder / "out" / "cartridge.json").read_text())["num_conversations"] == 20
+
+
+def test_a_budget_says_what_it_chose(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert _train(folder, *SYNTHESIS, "--budget", "10m", "--disable-tqdm", "false") == 0
+    assert "Budget 10m: 16 conversations, 4 steps" in capsys.readouterr().err
+    recipe = json.loads((folder / "out" / "cartridge.json").read_text())["recipe"]
+    assert recipe["budget"] == "10m" and recipe["off_context_share"] == 0.2
 
 
 def test_the_gate_is_the_text_s_and_can_be_left_out_and_made_later(
@@ -189,6 +199,8 @@ def test_yaml_and_the_command_line_share_their_options(folder: Path) -> None:
         (["--gold-questions", "missing.jsonl"], "missing.jsonl"),
         (["--model", "no/such-model"], "--model: the tokenizer of 'no/such-model' could not be loaded"),
         (["--tokens", "3"], "--tokens"),
+        (["--budget", "soon"], "`budget` is 'soon': give a time, for instance 90s, 5m or 1h30m"),
+        (["--off-context-dataset", "no.jsonl", *SYNTHESIS], "`off_context_dataset` is 'no.jsonl': give a file"),
         (["--steps", "2", "--num-tokens", "400", *SYNTHESIS], "fewer than `num_tokens=400`"),
         (["--num-tokens", "9999", *SYNTHESIS], "the model has 512 positions"),
     ],

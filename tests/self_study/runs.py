@@ -21,6 +21,7 @@ def settings(**options: Any) -> SynthesisConfig:
     defaults: dict[str, Any] = {
         "num_conversations": 90, "conversations_per_chunk": 2, "min_chunk_tokens": 30, "max_chunk_tokens": 40,
         "max_question_tokens": 6, "max_answer_tokens": 8, "generation_batch_size": 4, "recitation_share": 0.0,
+        "off_context_share": 0.0,
     }  # fmt: skip
     return SynthesisConfig(**{**defaults, **options})
 

@@ -14,6 +14,7 @@ from tests.self_study import runs
 from tests.tiny_models import tiny_model, tiny_tokenizer, token_ids
 
 PAPER = SynthesisConfig(
+    off_context_share=0.0,
     num_conversations=65_536, min_chunk_tokens=512, max_chunk_tokens=4096, recitation_share=0.0
 )  # fmt: skip
 

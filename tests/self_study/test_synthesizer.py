@@ -18,6 +18,7 @@ TEXT = " ".join(f"the captain of w{number} says no . the sea is w{number + 1} ."
 ARGS = SynthesisConfig(
     num_conversations=14, conversations_per_chunk=6, min_chunk_tokens=30, max_chunk_tokens=40,
     max_question_tokens=6, max_answer_tokens=8, generation_batch_size=4,
+    off_context_share=0.0,
 )  # fmt: skip
 
 

@@ -18,7 +18,7 @@ GOLD = [{"question": "what is the sea ?", "answer": "the sea is w60 ."}, {"quest
 
 _SYNTHESIS = {
     "num_conversations": 16, "conversations_per_chunk": 8, "min_chunk_tokens": 30, "max_chunk_tokens": 40,
-    "max_question_tokens": 6, "max_answer_tokens": 8, "quality_filters": [],
+    "max_question_tokens": 6, "max_answer_tokens": 8, "quality_filters": [], "off_context_share": 0.0,
 }  # fmt: skip
 
 
@@ -26,6 +26,7 @@ def make_config(folder: Path, **options: Any) -> SelfStudyConfig:
     defaults = {
         **_SYNTHESIS, "per_device_train_batch_size": 8, "max_steps": 4, "use_cpu": True, "disable_tqdm": True,
         "save_strategy": "no", "logging_steps": 1, "warmup_steps": 0, "plot": False,
+        "learning_rate": 0.04,
     }  # fmt: skip
     return SelfStudyConfig(output_dir=str(folder), **{**defaults, **options})
 

@@ -1,0 +1,205 @@
+"""What size, budget and off-context share do to a cartridge: on the text, and off it. One JSON line a run.
+
+    python -m benchmarks.choosing qasper-10 qasper-16 --data DATA --run off_context_share=0 --run off_context_share=0.05
+    python -m benchmarks.choosing loogle-0 --data DATA --run num_tokens=768 budget=12m
+    python -m benchmarks.choosing --table
+
+A run trains a cartridge with the trainer's defaults and its own settings (`num_tokens` or `shrink`, otherwise those of
+`SelfStudyConfig`), and measures: the share of the gap in the gold answers' likelihood between no context and the text in
+context (of a text beyond the window: as many first tokens as `--fits` says) that it closes; the KL of the bare model from
+the model with the cartridge on prompts that have nothing to do with the text, as a multiple of what the text in context
+does there; and BM25 passages of as many tokens. Runs that are in `--output` already are left out, one that was stopped goes on at
+its last checkpoint (its time is then not told), and conversations are written once for all runs on a document, unless
+they have a `budget`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.trainer_utils import get_last_checkpoint
+
+from benchmarks.harness import DEFAULT_MODEL, print_table
+from peft_cartridges import (
+    CartridgeConfig,
+    KVPrefix,
+    SelfStudyConfig,
+    SelfStudySynthesizer,
+    SelfStudyTrainer,
+    SynthesisConfig,
+)
+from peft_cartridges.chat import ChatCodec
+from peft_cartridges.evaluation import Bench, Document, load_task, prefix_system
+from peft_cartridges.evaluation.baselines import get_baseline
+from peft_cartridges.evaluation.scoring import compare_rows, predictions, row_of_answer, score_rows
+from peft_cartridges.evaluation.system import System, bare_system
+from peft_cartridges.evaluation.tasks import general_pairs
+
+TASKS = {"qasper": "qasper", "quality": "quality", "toefl": "documents", "loogle": "loogle_short"}
+# Prompts that have nothing to do with a text; longer ones are left out.
+_GENERAL, _LONGEST = 64, 800
+_LONG = 7_900  # tokens with which a text no longer fits into 8,192 with its questions
+
+
+class Measured:
+    """A document with its references.
+
+    Args:
+        args: Of the command line.
+        document: The text and its questions.
+    """
+
+    def __init__(self, args: argparse.Namespace, document: Document) -> None:
+        self.args, self.document = args, document
+        self.tokenizer: Any = AutoTokenizer.from_pretrained(args.model)
+        self.model: Any = AutoModelForCausalLM.from_pretrained(args.model, dtype=getattr(torch, args.dtype)).eval()
+        self.codec = ChatCodec.of(self.model, self.tokenizer)
+        self.ids = self.codec.encode_context(document.text)
+        pairs = [p for p in general_pairs(args.data and args.data / "general.jsonl") if len(p["prompt"]) < _LONGEST]
+        self.general = [row_of_answer(self.codec, p["prompt"], p["answer"][:_LONGEST]) for p in pairs[:_GENERAL]]
+        self.asked = [row_of_answer(self.codec, q.question, q.answers[0]) for q in document.answerable]
+        bare = bare_system(self.model, self.codec)
+        self.states = predictions(bare, self.general)
+        self.no_context = self.nll(bare)
+        # Of a text beyond the window what fits is read.
+        read = self.ids if len(self.ids) <= _LONG else self.ids[: args.fits]
+        text = prefix_system("text", self.model, self.codec, KVPrefix.from_input_ids(self.model, read))
+        self.full, self.full_off = self.nll(text), self.off_context(text)
+
+    def nll(self, system: System) -> float:
+        scores = score_rows(system, self.asked)
+        return sum(score.nll for score in scores) / sum(score.tokens for score in scores)
+
+    def off_context(self, system: System) -> float:
+        found = compare_rows(system, self.general, self.states)
+        return sum(row.kl for row in found) / sum(row.tokens for row in found)
+
+    def closed(self, nll: float) -> float:
+        return (self.no_context - nll) / (self.no_context - self.full)
+
+    def passages(self, num_tokens: int) -> float:
+        """Share of the gap that BM25 passages close."""
+        bench = Bench(self.model, self.tokenizer, self.document.text, num_tokens)
+        return self.closed(self.nll(get_baseline("bm25")(bench)))
+
+    def _conversations(self, args: SelfStudyConfig) -> Dataset:
+        """Written once for all runs."""
+        settings = SynthesisConfig.from_args(args)
+        folder = self.args.work / self.document.id / "conversations"
+        synthesizer = SelfStudySynthesizer(self.model, self.tokenizer, settings)
+        return synthesizer.synthesize(
+            self.document.text, output_dir=folder / synthesizer.address(self.document.text)[:12]
+        )
+
+    def carry_out(self, settings: dict[str, Any]) -> dict[str, Any]:
+        """Trains and measures one run."""
+        own = dict(settings)
+        num_tokens = own.pop("num_tokens", None) or max(2, round(len(self.ids) / own.pop("shrink", 10)))
+        key = hashlib.sha256(json.dumps([settings, self.args.dtype]).encode()).hexdigest()[:12]
+        args = SelfStudyConfig(
+            output_dir=str(self.args.work / self.document.id / key), save_steps=20, save_total_limit=1,
+            logging_steps=10, plot=False, use_cpu=self.args.device == "cpu", report_to="none", **own,
+        )  # fmt: skip
+        start = time.perf_counter()
+        corpus = Dataset.from_dict({"text": [self.document.text]})
+        trainer = SelfStudyTrainer(
+            self.model, args, corpus if args.budget else self._conversations(args), processing_class=self.tokenizer,
+            peft_config=CartridgeConfig(num_tokens=num_tokens), corpus=None if args.budget else self.document.text,
+        )  # fmt: skip
+        last = get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None
+        trainer.train(resume_from_checkpoint=last)
+        seconds = time.perf_counter() - start
+        prefix = trainer.model.get_kv_prefix().detach().to(self.model.dtype)
+        history = trainer.state.log_history
+        said = [entry["synthesis/seconds"] for entry in history if "synthesis/seconds" in entry]
+        written = said[0] if said else None
+        self.model = trainer.model.unload().eval()
+        cartridge = prefix_system("cartridge", self.model, self.codec, prefix)
+        nll = self.nll(cartridge)
+        return {
+            "document": self.document.id, "text_tokens": len(self.ids), "num_tokens": num_tokens, "settings": settings,
+            "conversations": len(trainer.train_dataset), "steps": trainer.state.global_step,
+            "learning_rate": trainer.args.learning_rate, "off_context_share": trainer.args.off_context_share,
+            "synthesis_seconds": written, "seconds": None if last else round(seconds, 1),
+            "no_context": self.no_context, "full": self.full, "nll": nll, "closed": self.closed(nll),
+            "off_context_kl": self.off_context(cartridge), "full_off_context_kl": self.full_off,
+            "losses": [round(entry["loss"], 4) for entry in history if "loss" in entry], "questions": len(self.asked),
+            "dtype": self.args.dtype, "threads": torch.get_num_threads(),
+        }  # fmt: skip
+
+
+def show(records: list[dict[str, Any]]) -> None:
+    """Markdown, a row a run."""
+    rows = [
+        [
+            record["document"],
+            f"{record['num_tokens']} of {record['text_tokens']:,}",
+            ", ".join(f"{name}={value}" for name, value in record["settings"].items()),
+            record["conversations"],
+            record["steps"],
+            f"{record['seconds'] / 60:.1f} min" if record["seconds"] else None,
+            f"{record['closed']:.1%}",
+            f"{record['bm25']:.1%}",
+            f"{record['off_context_kl']:.3f}",
+            f"{record['off_context_kl'] / record['full_off_context_kl']:.2f}",
+        ]
+        for record in records
+    ]
+    header = ["text", "tokens", "settings", "conversations", "steps", "took", "gap closed", "BM25", "KL off context"]
+    print_table([*header, "of the text's"], rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("documents", nargs="*", metavar="DOCUMENT", help="qasper-10, quality-2, toefl-0, loogle-0, …")
+    parser.add_argument("--run", nargs="*", action="append", default=[], metavar="NAME=VALUE", help="settings of a run")
+    parser.add_argument("--data", type=Path, help="folder with the tasks' rows, instead of the Hub")
+    parser.add_argument("--model", default=DEFAULT_MODEL)
+    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--fits", type=int, default=7_000, help="tokens of a text beyond the window that are read")
+    parser.add_argument("--output", type=Path, default=Path("outputs/choosing.jsonl"), help="the JSON lines")
+    parser.add_argument("--work", type=Path, default=Path("outputs/choosing"), help="conversations")
+    parser.add_argument("--table", action="store_true", help="print the output as a table and stop")
+    args = parser.parse_args()
+    lines = args.output.read_text(encoding="utf-8").splitlines() if args.output.exists() else []
+    records = [json.loads(line) for line in lines]
+    if args.table:
+        show(records)
+        return
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    done = {(record["document"], json.dumps(record["settings"])) for record in records}
+    for name in args.documents:
+        task = name.split("-")[0]
+        documents = load_task(TASKS[task], args.data and args.data / f"{task}.jsonl")
+        runs = [dict(pair.split("=", 1) for pair in run) for run in args.run or [[]]]
+        wanted = [{key: _value(value) for key, value in run.items()} for run in runs]
+        wanted = [run for run in wanted if (name, json.dumps(run)) not in done]
+        if not wanted:
+            continue
+        measured = Measured(args, next(document for document in documents if document.id == name))
+        for run in wanted:
+            record = measured.carry_out(run)
+            record["bm25"] = measured.passages(record["num_tokens"])
+            with args.output.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+            show([record])
+
+
+def _value(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text
+
+
+if __name__ == "__main__":
+    main()

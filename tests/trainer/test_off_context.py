@@ -1,0 +1,196 @@
+"""General conversations in training: the teacher without a text, stored or live; and budgets, on tiny runs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+
+from peft_cartridges import CartridgeConfig, SelfStudyTrainer, load_self_study
+from peft_cartridges.conversations.rows import off_context_rows
+from peft_cartridges.self_study.sizes import FEWEST_CONVERSATIONS
+from peft_cartridges.trainer.budget import RunBudget
+from tests.tiny_models import tiny_model
+from tests.trainer.small_runs import TEXT, TOKENIZER, losses, make_config, make_conversations, make_trainer
+
+
+@pytest.fixture(scope="module")
+def mixed() -> Dataset:
+    return make_conversations(off_context_share=0.2)
+
+
+@pytest.fixture(scope="module")
+def live() -> Dataset:
+    return make_conversations(off_context_share=0.2, teacher_targets="live")
+
+
+def _gradient(folder: Path, dataset: Dataset, **options: Any) -> tuple[list[float], torch.Tensor]:
+    """Losses of a run, and the trained cartridge."""
+    trainer = make_trainer(folder, dataset=dataset, **options)
+    trainer.train()
+    return losses(trainer), trainer.model.get_kv_prefix().to_prompt_embeddings()
+
+
+def test_the_live_teacher_of_a_row_without_a_text_is_the_bare_model(
+    tmp_path: Path, mixed: Dataset, live: Dataset
+) -> None:
+    trainer = make_trainer(tmp_path, dataset=live)
+    trainer.initialize_cartridge()
+    places = off_context_rows(live)
+    assert len(places) == 4
+    rows = trainer._data.live_targets.for_evaluation([live[place] for place in (0, *places)])
+    for row, place in zip(rows, (0, *places), strict=True):
+        stored = torch.tensor(mixed[place]["teacher_hidden_states"]).reshape(row["teacher_hidden_states"].shape)
+        torch.testing.assert_close(row["teacher_hidden_states"], stored, atol=5e-3, rtol=5e-3)
+
+
+def test_live_and_stored_targets_train_alike(tmp_path: Path, mixed: Dataset, live: Dataset) -> None:
+    options = {"off_context_share": 0.2, "train_sampling_strategy": "random"}
+    stored, _ = _gradient(tmp_path / "stored", mixed, **options)
+    computed, _ = _gradient(tmp_path / "live", live, **options)
+    assert computed == pytest.approx(stored, rel=5e-3)
+
+
+def test_without_a_share_training_is_that_of_a_set_without_them(tmp_path: Path, mixed: Dataset) -> None:
+    about = mixed.select(range(16))
+    plain, first = _gradient(tmp_path / "plain", about, off_context_share=0.2)
+    none, second = _gradient(tmp_path / "none", mixed, off_context_share=0.0)
+    assert plain == none and torch.equal(first, second)
+    some, third = _gradient(tmp_path / "some", mixed, off_context_share=0.2)
+    assert some != none and not torch.equal(second, third)
+
+
+def test_evaluation_sets_are_not_mixed(tmp_path: Path, mixed: Dataset) -> None:
+    trainer = make_trainer(tmp_path, dataset=mixed, off_context_share=0.2)
+    whole, about = trainer.evaluate(mixed), trainer.evaluate(mixed.select(range(16)))
+    assert whole["eval_loss"] == about["eval_loss"]
+    assert whole["eval_conversation_gap_closed"] == about["eval_conversation_gap_closed"]
+    # A set of nothing but general conversations tells how far the model is from itself.
+    off = trainer.evaluate(mixed.select(off_context_rows(mixed)))
+    assert off["eval_loss"] > 0 and off["eval_no_context_kl"] == pytest.approx(0, abs=1e-4)
+
+
+def test_a_run_on_a_corpus_mixes_its_share_and_its_held_out_set_none(tmp_path: Path) -> None:
+    arguments = {"off_context_dataset": [{"prompt": f"is w{number} blue ?"} for number in range(9)]}
+    trainer = make_trainer(tmp_path, off_context_share=0.2, num_eval_conversations=4, arguments=arguments)
+    trainer.train()
+    assert len(off_context_rows(trainer.train_dataset)) == 4 and not off_context_rows(trainer.eval_dataset)
+    assert len(list(trainer.get_train_dataloader())) == 3  # 16 and 4, in batches of 8
+    trainer.save_model()
+    card, facts = (tmp_path / "README.md").read_text(), json.loads((tmp_path / "cartridge.json").read_text())
+    assert facts["recipe"]["off_context_share"] == 0.2 and facts["seed_types"]["off_context_dataset"] == 4
+    assert "16 conversations about the text" in card and "4 about nothing in it" in card
+
+
+def test_rounds_have_their_share(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, off_context_share=0.25, resample_every=2, max_steps=4)
+    trainer.train()
+    assert len(losses(trainer)) == 4
+    rounds = trainer.train_dataset
+    order = list(trainer._data.order(rounds))
+    assert len(order) == len(set(order)) == 32
+    for first in range(0, 32, 8):
+        assert sum(rounds[index]["context"] is None for index in order[first : first + 8]) == 2
+
+
+def test_given_conversations_need_a_corpus(tmp_path: Path, mixed: Dataset) -> None:
+    with pytest.raises(ValueError, match="`off_context_dataset` needs a corpus as `train_dataset`"):
+        make_trainer(tmp_path, dataset=mixed, arguments={"off_context_dataset": [{"prompt": "who ?"}]})
+
+
+def test_a_resumed_run_ends_as_one_that_was_not_stopped(tmp_path: Path, mixed: Dataset) -> None:
+    options = {"off_context_share": 0.2, "save_strategy": "steps", "save_steps": 2, "max_steps": 5}
+    whole, expected = _gradient(tmp_path, mixed, **options)
+    trainer = make_trainer(tmp_path / "again", dataset=mixed, **options)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert losses(trainer) == pytest.approx(whole, rel=1e-5)
+    torch.testing.assert_close(trainer.model.get_kv_prefix().to_prompt_embeddings(), expected)
+
+
+# -- budgets and what is chosen by lengths -----------------------------------------------------------------------------
+
+
+def test_the_learning_rate_goes_by_the_corpus_and_stays_out_of_the_users_settings(
+    tmp_path: Path, mixed: Dataset
+) -> None:
+    trainer = make_trainer(tmp_path, dataset=mixed, learning_rate=None)  # 360 tokens, a cartridge of 8
+    assert trainer.args.learning_rate == pytest.approx(0.08)
+    args = make_config(tmp_path, learning_rate=None)
+    for text, rate in ((TEXT, 0.08), (" ".join(TEXT.split()[:60]), 0.04)):
+        corpus = Dataset.from_dict({"text": [text]})
+        config = CartridgeConfig(num_tokens=8)
+        trainer = SelfStudyTrainer(tiny_model(), args, corpus, processing_class=TOKENIZER, peft_config=config)
+        assert trainer.args.learning_rate == pytest.approx(rate)
+        assert args.learning_rate is None
+    assert make_trainer(tmp_path, learning_rate=0.01).args.learning_rate == 0.01
+
+
+@pytest.fixture
+def speeds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine that writes a conversation in 0.5 s and makes a step in 10."""
+    monkeypatch.setattr(RunBudget, "_measure_step", lambda self, dataset: 10.0)
+    measure = "peft_cartridges.trainer.corpus_study.CorpusStudy.measure"
+    monkeypatch.setattr(measure, lambda self, model, number: (0.5, None))
+
+
+@pytest.mark.usefixtures("speeds")
+def test_a_budget_sizes_conversations_and_steps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = {"budget": "2m", "num_conversations": None, "max_steps": -1, "disable_tqdm": False}
+    trainer = make_trainer(tmp_path, conversations_per_chunk=8, **options)
+    trainer.train()
+    # 110 s: 16 that were measured and more at 0.5 s each, and three passes over them in batches of 8 at 10 s a step.
+    assert trainer.args.num_conversations == 32 and trainer.state.global_step == trainer.args.max_steps
+    assert 8 <= trainer.args.max_steps <= 11 and "Budget 2m: 32 conversations" in capsys.readouterr().err
+    again = make_trainer(tmp_path, conversations_per_chunk=8, **options)
+    again.budget.size_conversations()
+    assert again.args.num_conversations == 32, "what was chosen is kept"
+
+
+@pytest.mark.usefixtures("speeds")
+def test_what_is_given_stands_whatever_the_budget(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, budget="2m", num_conversations=16, max_steps=3)
+    trainer.train()
+    assert len(trainer.train_dataset) == 16 and trainer.state.global_step == 3
+    plain = make_trainer(tmp_path / "plain", num_conversations=16, max_steps=3)
+    plain.train()
+    assert losses(plain) == losses(trainer)
+
+
+def test_a_budget_is_measured_on_the_machine_and_changes_no_gradient(tmp_path: Path, mixed: Dataset) -> None:
+    trainer = make_trainer(tmp_path, dataset=mixed, budget="10m", max_steps=-1, num_train_epochs=2.0)
+    trainer.train()
+    assert trainer.state.global_step == trainer.args.max_steps == 4  # two passes over 16 rows, in batches of 8
+    plain, expected = _gradient(tmp_path / "plain", mixed, max_steps=4)
+    assert losses(trainer) == plain and torch.equal(trainer.model.get_kv_prefix().to_prompt_embeddings(), expected)
+
+
+def test_a_run_stops_when_its_budget_is_spent(tmp_path: Path, mixed: Dataset) -> None:
+    trainer = make_trainer(tmp_path, dataset=mixed, budget="10m", max_steps=50)
+    trainer.budget._end = 0.0
+    trainer.train()
+    assert trainer.state.global_step == 1
+
+
+def test_a_budget_on_a_corpus_writes_into_the_set_that_it_measures(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, budget="5s", num_conversations=None, max_steps=-1, quality_filters=["empty"])
+    trainer.train()
+    number = trainer.args.num_conversations
+    assert 32 <= number <= FEWEST_CONVERSATIONS
+    (folder,) = [path for path in (tmp_path / "_conversations").iterdir() if path.is_dir()]
+    assert len(load_self_study(folder)) == len(trainer.train_dataset) <= number
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"budget": "soon"}, "`budget` is 'soon': give a time"),
+        ({"budget": "5m", "resample_every": 2}, "`budget` does not go with `resample_every`"),
+    ],
+)
+def test_a_budget_that_cannot_be_kept_is_refused(tmp_path: Path, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_trainer(tmp_path, **options)
