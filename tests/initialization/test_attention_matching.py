@@ -83,7 +83,9 @@ def test_folded_biases_change_the_keys_and_a_text_beyond_the_window_is_compacted
     assert not torch.allclose(plain.keys[0], biased.keys[0])
     tokenizer = tiny_tokenizer()
     model = get_peft_model(tiny_model(max_position_embeddings=160), CartridgeConfig(num_tokens=31))
-    prefix = initialize_cartridge(model, tokenizer, text=TEXT, strategy="attention_matching", value_ridge=1e9, questions=2)
+    prefix = initialize_cartridge(
+        model, tokenizer, text=TEXT, strategy="attention_matching", value_ridge=1e9, questions=2
+    )
     ids = ChatCodec(None, tokenizer).encode_context(TEXT)
     last = KVPrefix.from_input_ids(tiny_model(), [ids[0], *ids[1 + (len(ids) - 1) * 2 // 3 :]])
     distance = (prefix.values[0][0][-10:, None] - last.values[0][0][None]).abs().amax(-1).amin(-1)

@@ -33,7 +33,7 @@ def test_each_conversation_is_a_question_of_another_beginning_and_an_answer() ->
     ids = codec.encode_context(TEXT)
     prefix = KVPrefix.from_input_ids(model, ids)
     rows = ask_and_answer(model, codec, prefix, ids[1:], number=3)
-    assert len(rows) == 3 and all(0 < len(row) for row in rows)
+    assert len(rows) == 3 and all(len(row) > 0 for row in rows)
     assert rows == ask_and_answer(model, codec, prefix, ids[1:], number=3)  # nothing is drawn
     assert ask_and_answer(model, codec, prefix, ids[1:], number=0) == []
     assert len(ask_and_answer(model, codec, prefix, ids[1:4], number=1)) == 1  # shorter than a passage
