@@ -235,6 +235,7 @@ class SelfStudyTrainer(PushingTrainer):
             self.codec,
             text=self._first_text,
             strategy=self.args.initialization,
+            **({"to_train": False} if self.args.initialization == "auto" and self.args.max_steps == 0 else {}),
         )
         self.average.restart()
 
