@@ -32,15 +32,30 @@ class InitializationStrategy(Protocol):
     ) -> KVPrefix: ...
 
 
-def auto(model: nn.Module, processing_class: Any, text: str, *, num_tokens: int, chat_template: bool) -> KVPrefix:
+def auto(
+    model: nn.Module,
+    processing_class: Any,
+    text: str,
+    *,
+    num_tokens: int,
+    chat_template: bool,
+    to_train: bool = True,
+) -> KVPrefix:
     """`most_attended`, or with a warning `first_tokens` where keys cannot be moved (learned positions) or not all layers
-    have attention."""
+    have attention.
+
+    Args:
+        to_train: Whether the cartridge is only begun here. If not, `attention_matching` is tried first, which takes longer
+            and is the best that there is without training.
+    """
     options: dict[str, Any] = {"num_tokens": num_tokens, "chat_template": chat_template}
-    try:
-        return most_attended(model, processing_class, text, **options)
-    except UnsupportedModelError as reason:
-        warnings.warn(f"Initialization from the first tokens of the text: {reason}", stacklevel=2)
-        return first_tokens(model, processing_class, text, **options)
+    for strategy in (most_attended,) if to_train else (attention_matching, most_attended):
+        try:
+            return strategy(model, processing_class, text, **options)
+        except UnsupportedModelError as error:
+            reason = error
+    warnings.warn(f"Initialization from the first tokens of the text: {reason}", stacklevel=2)
+    return first_tokens(model, processing_class, text, **options)
 
 
 @dataclass(frozen=True)
@@ -107,8 +122,9 @@ def initialize_cartridge(
         text: The corpus, or a representative part of it.
         prefix: Instead of `text`: keys and values to take as they are.
         strategy: How `num_tokens` tokens are made of the text. `most_attended`: each head's own, by the attention that
-            they receive when the model recites the text. `first_tokens`: the first ones, the paper's. `auto`: the
-            former where the model allows it, else the latter. `list_strategies()` has those that you registered too.
+            they receive when the model recites the text. `attention_matching`: the best without training. `first_tokens`:
+            the first ones, the paper's. `auto`: the first that the model allows of `attention_matching` (with
+            `to_train=False`), `most_attended` and `first_tokens`. `list_strategies()` has those that you registered too.
         adapter_name: Which adapter; the active one by default.
         chat_template: Whether the text stands in a system message, as in `KVPrefix.from_text`.
         options: Further arguments of the strategy.

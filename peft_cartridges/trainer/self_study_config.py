@@ -56,8 +56,9 @@ class SelfStudyConfig(SynthesisConfig, _BaseConfig):
             "help": "How a new cartridge is initialized from the corpus (or, where that is not known, from the "
             "conversations' `context`). `most_attended`: each head's tokens that receive "
             "the most attention when the model recites the corpus. `first_tokens` (paper): its first tokens. `auto`: the "
-            "former where the model allows it, because it takes far fewer steps to the same quality. `none` leaves the "
-            "cartridge as it is. `docs/training.md` lists the others."
+            "former where the model allows it, because it takes far fewer steps to the same quality; with `max_steps=0`, "
+            "`attention_matching`, the best without training. `none` leaves the cartridge as it is. `docs/training.md` "
+            "lists the others."
         },
     )
     initialization_kwargs: dict[str, Any] | str | None = field(

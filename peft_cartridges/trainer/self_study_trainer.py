@@ -251,6 +251,7 @@ class SelfStudyTrainer(PushingTrainer):
             text=self._first_text,
             strategy=self.args.initialization,
             **cast(dict[str, Any], self.args.initialization_kwargs or {}),
+            **({"to_train": False} if self.args.initialization == "auto" and self.args.max_steps == 0 else {}),
         )
         self.average.restart()
 

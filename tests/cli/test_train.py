@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from peft_cartridges import Gate, load_cartridge
+from peft_cartridges.adapter_folder import read_cartridge
 from peft_cartridges.cli import main
 from peft_cartridges.cli.train import make_parser, suggest_num_tokens
 from tests.hub.conftest import hub  # noqa: F401 (a fixture)
@@ -149,6 +150,11 @@ def test_no_steps_only_initialize_the_cartridge(folder: Path) -> None:
     assert not (folder / "out" / "_conversations").exists() and (folder / "out" / "README.md").is_file()
     facts = json.loads((folder / "out" / "cartridge.json").read_text())
     assert facts["recipe"]["optimizer_steps"] == 0 and not facts.get("num_conversations")
+    # By what is best without training, and not by what training begins with.
+    assert _train(folder, "--steps", "0", "--initialization", "attention_matching", *SYNTHESIS, name="matched") == 0
+    assert _train(folder, "--steps", "0", "--initialization", "most_attended", *SYNTHESIS, name="attended") == 0
+    made, matched, attended = (read_cartridge(folder / name)[1].values[1] for name in ("out", "matched", "attended"))
+    assert torch.equal(made, matched) and not torch.allclose(made, attended)
 
 
 def test_without_a_length_it_is_a_tenth_of_the_text(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
