@@ -44,11 +44,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         prog="python -m benchmarks.results", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--budget", choices=list(BUDGETS), default="small", help="small takes half an hour on two cores, full six (default: small)"
+        "--budget",
+        choices=list(BUDGETS),
+        default="small",
+        help="small takes half an hour on two cores, full six (default: small)",
     )
     parser.add_argument("--minutes", type=float, default=1e9, help="begin no further cell after so many minutes")
     parser.add_argument("--only", nargs="*", default=[], metavar="GROUP", help="only these groups of cells")
-    parser.add_argument("--skip", nargs="*", default=[], metavar="BASELINE", help="baselines to leave out, e.g. summary")
+    parser.add_argument(
+        "--skip", nargs="*", default=[], metavar="BASELINE", help="baselines to leave out, e.g. summary"
+    )
     parser.add_argument("--list", action="store_true", help="list the cells and stop")
     parser.add_argument("--fresh", action="store_true", help="leave out nothing: delete what is kept first")
     parser.add_argument("--page-only", action="store_true", help="write the page from the lines that are there")

@@ -40,7 +40,12 @@ def write_page(records: Sequence[Record], path: Path, *, cells: Sequence[str] = 
     results = Results(records)
     path.parent.mkdir(parents=True, exist_ok=True)
     plots = path.parent / path.stem
-    parts = [_head(results, cells, budget), claims_section(results), _baselines(results, plots), _trained(results, plots)]
+    parts = [
+        _head(results, cells, budget),
+        claims_section(results),
+        _baselines(results, plots),
+        _trained(results, plots),
+    ]
     parts += [_off_context(results), _variants(results, plots), _cost(results, plots), published_section(), _recipe()]
     parts.append(_missing(records, cells))
     path.write_text("\n\n".join(part for part in parts if part) + "\n", encoding="utf-8")
@@ -174,7 +179,9 @@ def _variants(results: Results, plots: Path) -> str:
         text = f"## {title}\n\nAfter training.\n\n{results.table(rows, _SHORT)}"
         if group == "initializations":
             untrained = [r for r in results.of("baselines") if r["document"] in documents]
-            before: list[Row] = [(n, untrained, n) for n in results.systems(untrained) if n.startswith(("untrained", "first"))]
+            before: list[Row] = [
+                (n, untrained, n) for n in results.systems(untrained) if n.startswith(("untrained", "first"))
+            ]
             plot_rows(results, rows, plots / "initializations.png", "gap_closed", "gap closed after training")
             text += f"\n\n![initializations]({plots.name}/initializations.png)"
             if before:
@@ -189,9 +196,13 @@ def _variants(results: Results, plots: Path) -> str:
             rows = [(name, records, name) for name in results.systems(records)]
             if group == "parts":
                 documents = {r["document"] for r in records}
-                rows.append(("one cartridge", [r for r in results.of("quality") if r["document"] in documents], "cartridge"))
+                rows.append(
+                    ("one cartridge", [r for r in results.of("quality") if r["document"] in documents], "cartridge")
+                )
             on = ", ".join(f"{r['document']} ({results.text_tokens(r):,} tokens)" for r in records)
-            parts.append(f"## {title}\n\n{about} On {on}.\n\n{results.table(rows, ('gap_closed', 'gold_nll', 'teacher_kl', 'general_kl'))}")
+            parts.append(
+                f"## {title}\n\n{about} On {on}.\n\n{results.table(rows, ('gap_closed', 'gold_nll', 'teacher_kl', 'general_kl'))}"
+            )
     return "\n\n".join(parts)
 
 
@@ -226,13 +237,17 @@ def _cost(results: Results, plots: Path) -> str:
         + markdown_table(["", "the model says", "measured", "measured / said"], checks)
         + "\n\nIts FLOPs are those that PyTorch counts (`tests/evaluation/test_cost.py`). Machine seconds of making and of serving, "
         "eight users at a time, an answer of 100 tokens, and the questions from which on the cartridge has cost less in all:\n\n"
-        + markdown_table(["", "making", "a question", "a question, the other way", "cheaper from (time)", "(FLOPs)"], rows)
+        + markdown_table(
+            ["", "making", "a question", "a question, the other way", "cheaper from (time)", "(FLOPs)"], rows
+        )
         + f"\n\n![break-even at a tenth]({plots.name}/break_even.png)"
     )
 
 
 def _recipe() -> str:
-    common = "python -m benchmarks.results --budget full --device cuda --tasks longhealth quality --data DATA --documents 6"
+    common = (
+        "python -m benchmarks.results --budget full --device cuda --tasks longhealth quality --data DATA --documents 6"
+    )
     lines = [
         f"    {common} \\\n        --conversations 4096 --steps 400 --model {model} --window {window}"
         for model, window in (("Qwen/Qwen3-4B", 40960), ("meta-llama/Llama-3.1-8B-Instruct", 131072))
@@ -249,7 +264,6 @@ def _missing(records: Sequence[Record], cells: Sequence[str]) -> str:
     missing = [name for name in cells if name not in done]
     if not missing:
         return ""
-    return (
-        "## Cells that were not run\n\nThe same command carries on with them.\n\n"
-        + "\n".join(f"- {name}" for name in missing)
+    return "## Cells that were not run\n\nThe same command carries on with them.\n\n" + "\n".join(
+        f"- {name}" for name in missing
     )

@@ -45,7 +45,9 @@ def plot_baselines(results: Results, rows: Sequence[Row], path: Path) -> None:
             ours = label.startswith("**")
             axes.plot([off.value], [on.value], "*" if ours else "o", markersize=14 if ours else 6)
             offset = (5, 3) if number % 2 else (5, -9)
-            axes.annotate(label.strip("*"), (off.value, on.value), textcoords="offset points", xytext=offset, fontsize=7)
+            axes.annotate(
+                label.strip("*"), (off.value, on.value), textcoords="offset points", xytext=offset, fontsize=7
+            )
         axes.margins(x=0.15)
         axes.set(xlabel="off the text: KL from the bare model, nats a token", ylabel="gap closed on the text")
 
@@ -74,7 +76,13 @@ def plot_seconds(results: Results, records: Sequence[Record], path: Path) -> Non
             _line(axes, [(s, f) for s, f in found if f is not None], label=document)
             for record, (seconds, value) in zip(own, found, strict=True):
                 if value is not None:
-                    axes.annotate(f"{record['steps']} steps", (seconds, value.value), textcoords="offset points", xytext=(6, -10), fontsize=8)
+                    axes.annotate(
+                        f"{record['steps']} steps",
+                        (seconds, value.value),
+                        textcoords="offset points",
+                        xytext=(6, -10),
+                        fontsize=8,
+                    )
         axes.set(xlabel="seconds of training", ylabel="gap closed")
         axes.legend(fontsize=8)
 
@@ -86,7 +94,14 @@ def plot_rows(results: Results, rows: Sequence[Row], path: Path, metric: str, la
         shown = [(name, f) for name, f in found if f is not None and not math.isnan(f.value)]
         spread = [[0.0 if math.isnan(f.low) else f.value - f.low for _, f in shown]]
         spread += [[0.0 if math.isnan(f.high) else f.high - f.value for _, f in shown]]
-        axes.barh([name for name, _ in shown], [f.value for _, f in shown], xerr=spread, capsize=3, color="tab:blue", alpha=0.7)
+        axes.barh(
+            [name for name, _ in shown],
+            [f.value for _, f in shown],
+            xerr=spread,
+            capsize=3,
+            color="tab:blue",
+            alpha=0.7,
+        )
         axes.invert_yaxis()
         axes.set(xlabel=label)
 

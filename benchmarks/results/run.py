@@ -141,7 +141,9 @@ class Run:
             self._train(f"{document}-part{i}", piece, share=1 / parts, asked=1 / parts)[0]
             for i, piece in enumerate(pieces)
         ]
-        return {"report": self._evaluate(self._bench(document), [self._system(f"{parts} parts", _joined(prefixes))], [])}
+        return {
+            "report": self._evaluate(self._bench(document), [self._system(f"{parts} parts", _joined(prefixes))], [])
+        }
 
     def beyond_window(self, document: str) -> dict[str, Any]:
         """A text beyond the window: against as much of it as fits, and retrieval of as many tokens."""
@@ -161,7 +163,9 @@ class Run:
         shape, machine = ModelShape.of(self.model.config, dtype_bytes=size), measure_machine(self.model)
         learned = [sum(mask) for mask in rows["completion_mask"]]
         lengths = [len(ids) for ids in rows["input_ids"]]
-        chunks = {c: len(self.codec.encode_context(text)) for c, text in zip(rows["chunk_id"], rows["context"], strict=True)}
+        chunks = {
+            c: len(self.codec.encode_context(text)) for c, text in zip(rows["chunk_id"], rows["context"], strict=True)
+        }
         making = Making(
             conversations=len(rows), question_tokens=statistics.mean(lengths) - statistics.mean(learned),
             answer_tokens=statistics.mean(learned), generated_share=1 - BASE["recitation_share"],
@@ -170,7 +174,10 @@ class Run:
         )  # fmt: skip
         phases = making_phases(shape, machine, making, bench.num_tokens)
         written = sum((phases[name].seconds for name in ("prefill", "writing", "scoring")), 0.0)
-        checks = [["writing conversations", written, seconds], ["training", phases["training"].seconds, facts["train_seconds"]]]
+        checks = [
+            ["writing conversations", written, seconds],
+            ["training", phases["training"].seconds, facts["train_seconds"]],
+        ]
         question = self.documents[document].answerable[0].question
         asked = len(self.codec.encode_prompt([question]))
         traffic = Traffic(question_tokens=asked, answer_tokens=16, batch_size=1)
@@ -182,12 +189,20 @@ class Run:
             read = time.perf_counter() - start
             speed = measure_speed(self._system(name, prefixes[name]), question, batch_size=1, new_tokens=16, repeats=2)
             told = question_cost(shape, machine, traffic, front=front).seconds
-            checks.append([f"a question, {name} in memory", told, speed.first_token_seconds + 16 / speed.tokens_per_second])
-        checks.append(["reading the text", machine.seconds(shape.forward_flops(len(bench.text_ids), predicted=0)), read])
+            checks.append(
+                [f"a question, {name} in memory", told, speed.first_token_seconds + 16 / speed.tokens_per_second]
+            )
+        checks.append(
+            ["reading the text", machine.seconds(shape.forward_flops(len(bench.text_ids), predicted=0)), read]
+        )
         speed = measure_speed(bare_system(self.model, self.codec), question, batch_size=1, new_tokens=16, repeats=2)
         told = question_cost(shape, machine, traffic, front=0).seconds
-        checks.append(["a question, nothing in context", told, speed.first_token_seconds + 16 / speed.tokens_per_second])
-        held = [[f"{name}, bytes", shape.kv_bytes(prefix.num_tokens), prefix.nbytes] for name, prefix in prefixes.items()]
+        checks.append(
+            ["a question, nothing in context", told, speed.first_token_seconds + 16 / speed.tokens_per_second]
+        )
+        held = [
+            [f"{name}, bytes", shape.kv_bytes(prefix.num_tokens), prefix.nbytes] for name, prefix in prefixes.items()
+        ]
         costs = {}
         for shrink in (5, 10, 20, 38):
             num_tokens = max(2, len(bench.text_ids) // shrink)

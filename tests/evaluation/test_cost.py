@@ -106,8 +106,10 @@ def test_a_training_step_takes_the_flops_that_pytorch_counts() -> None:
         sides = (side.expand(rows, *side.shape[-3:]).clone().requires_grad_() for side in (keys, values))
         cache.update(*sides, layer)
     ids = torch.arange(20, 20 + length).expand(rows, -1)
+    # The first layer counts as the others do, which have gradients of their input.
+    embedded = model.get_input_embeddings()(ids).requires_grad_()
     with FlopCounterMode(display=False) as counter:
-        hidden = model.model(input_ids=ids, past_key_values=cache).last_hidden_state[:, -learned:]
+        hidden = model.model(inputs_embeds=embedded, past_key_values=cache).last_hidden_state[:, -learned:]
         student = model.lm_head(hidden)
         with torch.no_grad():
             teacher = model.lm_head(torch.randn_like(hidden)).softmax(-1)
