@@ -88,7 +88,7 @@ def plan(documents: list[str], long: list[str], budget: str) -> list[Cell]:
         return [Cell(group, kind, document, tuple(sorted(params.items()))) for document in on]
 
     first, few = documents[:1], documents[:1] if small else documents[:4]
-    real = [name for name in documents if name not in OWN]
+    real = [name for name in documents[1:] if name not in OWN]
     measured = [*first, *real[:1]] if small else documents
     found = cells("quality", "trained", first) + cells("cost", "cost", first) + cells("baselines", "baselines", first)
     found += [cell for shrink in (5, 20, 38) for cell in cells("sizes", "trained", first, shrink=shrink)]

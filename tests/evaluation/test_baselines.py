@@ -124,15 +124,18 @@ def test_without_an_encoder_the_models_own_states_are_averaged() -> None:
 def test_an_encoder_by_name_is_sentence_transformers(tmp_path: Path) -> None:
     library = pytest.importorskip("sentence_transformers")
     bench = _bench(16)
-    bench.model.save_pretrained(tmp_path)
-    TOKENIZER.save_pretrained(tmp_path)
-    direct = library.SentenceTransformer(str(tmp_path))  # of a plain model it averages the states
-    assert OwnStates(bench).encode(["the ship is red ."]) == pytest.approx(
-        direct.encode(["the ship is red ."]), abs=1e-4
+    bench.model.save_pretrained(tmp_path / "plain")
+    TOKENIZER.save_pretrained(tmp_path / "plain")
+    reader = library.models.Transformer(str(tmp_path / "plain"))
+    direct = library.SentenceTransformer(
+        modules=[reader, library.models.Pooling(bench.model.config.hidden_size, "mean")], device="cpu"
     )
-    bench.encoder = str(tmp_path)
+    own = OwnStates(bench).encode(["the ship is red ."])
+    assert own == pytest.approx(direct.encode(["the ship is red ."]), abs=1e-4)
+    direct.save(str(tmp_path / "encoder"))
+    bench.encoder = str(tmp_path / "encoder")
     system = get_baseline("dense")(bench)
-    assert system.name == f"dense passages, {tmp_path.name}"
+    assert system.name == "dense passages, encoder"
     passages = split_passages(CODEC, TEXT)
     found = library.util.semantic_search(direct.encode([ROWS[0].prompt]), direct.encode(passages), top_k=1)
     best = passages[int(found[0][0]["corpus_id"])]

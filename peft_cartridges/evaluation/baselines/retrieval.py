@@ -91,8 +91,8 @@ def dense(bench: Bench) -> System:
 
 
 class OwnStates:
-    """Embeds texts by the mean of the base model's final hidden states: what `SentenceTransformer` makes of a model that
-    nobody has trained to embed, so a weak retriever, but one that needs nothing beside the model."""
+    """Embeds texts by the mean of the base model's final hidden states (`SentenceTransformer`'s mean pooling). Nobody has
+    trained the model to embed, so it is a weak retriever, but one that needs nothing beside the model."""
 
     def __init__(self, bench: Bench) -> None:
         self._model, self._tokenizer = bench.model, get_tokenizer(bench.processing_class)
