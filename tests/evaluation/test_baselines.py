@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
@@ -123,13 +124,13 @@ def test_without_an_encoder_the_models_own_states_are_averaged() -> None:
 
 def test_an_encoder_by_name_is_sentence_transformers(tmp_path: Path) -> None:
     library = pytest.importorskip("sentence_transformers")
+    modules = importlib.import_module("sentence_transformers.models")  # 6 has moved it, and knows the old name
     bench = _bench(16)
     bench.model.save_pretrained(tmp_path / "plain")
     TOKENIZER.save_pretrained(tmp_path / "plain")
-    reader = library.models.Transformer(str(tmp_path / "plain"))
-    direct = library.SentenceTransformer(
-        modules=[reader, library.models.Pooling(bench.model.config.hidden_size, "mean")], device="cpu"
-    )
+    reader = modules.Transformer(str(tmp_path / "plain"))
+    pooling = modules.Pooling(bench.model.config.hidden_size, "mean")
+    direct = library.SentenceTransformer(modules=[reader, pooling], device="cpu")
     own = OwnStates(bench).encode(["the ship is red ."])
     assert own == pytest.approx(direct.encode(["the ship is red ."]), abs=1e-4)
     direct.save(str(tmp_path / "encoder"))
