@@ -127,7 +127,9 @@ def test_an_encoder_by_name_is_sentence_transformers(tmp_path: Path) -> None:
     modules = importlib.import_module("sentence_transformers.models")  # 6 has moved it, and knows the old name
     bench = _bench(16)
     bench.model.save_pretrained(tmp_path / "plain")
-    TOKENIZER.save_pretrained(tmp_path / "plain")
+    without_template = tiny_tokenizer()  # with one, sentence-transformers embeds a text as a user's message
+    without_template.chat_template = None
+    without_template.save_pretrained(tmp_path / "plain")
     reader = modules.Transformer(str(tmp_path / "plain"))
     pooling = modules.Pooling(bench.model.config.hidden_size, "mean")
     direct = library.SentenceTransformer(modules=[reader, pooling], device="cpu")
