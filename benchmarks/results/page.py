@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -68,6 +69,13 @@ def _head(results: Results, cells: Sequence[str], budget: str) -> str:
         else ""
     )
     about = f" {', '.join(f'`{commit}`' for commit in commits)}" if commits else ""
+    loads = [r["load"] for r in records if "load" in r]
+    busy = (
+        f" The machine was busy with other work (load averages of {min(loads)} to {max(loads)}), so its seconds are long; "
+        "nothing else depends on that."
+        if loads and max(loads) > 2 * (os.cpu_count() or 1)
+        else ""
+    )
     return (
         f"# Results\n\nWritten by `python -m benchmarks.results` from the lines in [results/](results/): the {budget or 'given'} "
         f"budget, {len(records)}{f' of {len(cells)}' if cells else ''} cells, {minutes:.0f} minutes of computing"
@@ -77,7 +85,7 @@ def _head(results: Results, cells: Sequence[str], budget: str) -> str:
         "the documents, and over documents where there are at least six. *n* is documents / items. **Gap closed** is the share "
         "of the way from no context to the whole text in context, in the gold answers' negative log-likelihood: 100 % is as "
         "good as the text. SmolLM2-135M answers few questions right even with the text in front of it, so likelihoods and "
-        "divergences say more here than generated answers do. Each figure is of a single training run."
+        f"divergences say more here than generated answers do. Each figure is of a single training run.{busy}"
     )
 
 

@@ -6,6 +6,7 @@ import argparse
 import hashlib
 import json
 import math
+import os
 import platform
 import statistics
 import sys
@@ -91,7 +92,8 @@ class Run:
         return {
             "name": cell.name, "group": cell.group, "document": cell.document, "params": dict(cell.params),
             "settings": self.settings, "seconds": round(time.perf_counter() - start, 1),
-            "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, {self.args.device}", **figures,
+            "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, {self.args.device}",
+            "load": round(os.getloadavg()[1], 1), **figures,
         }  # fmt: skip
 
     # -- kinds of cells ----------------------------------------------------------------------------------------------
