@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -69,11 +68,24 @@ def _head(results: Results, cells: Sequence[str], budget: str) -> str:
         else ""
     )
     about = f" {', '.join(f'`{commit}`' for commit in commits)}" if commits else ""
-    loads = [r["load"] for r in records if "load" in r]
-    busy = (
-        f" The machine was busy with other work (load averages of {min(loads)} to {max(loads)}), so its seconds are long; "
-        "nothing else depends on that."
-        if loads and max(loads) > 2 * (os.cpu_count() or 1)
+    clock = (
+        " Seconds are those that the process computed, over its threads: what the clock says on an idle machine."
+        if any(r.get("clock") == "cpu" for r in records)
+        else ""
+    )
+    settings = next((r["settings"] for r in records if "settings" in r), {})
+    told = (
+        f" {settings['model']} in {settings['dtype']}; self-studies of {settings['conversations']} conversations, half of them "
+        f"recitations, with answers of at most {settings['answer_tokens']} tokens, learned in {settings['steps']} steps of "
+        f"{settings['batch_size']}; at most {settings['questions']} questions on each document and "
+        f"{settings['general_prompts']} general prompts."
+        if settings
+        else ""
+    )
+    about = f" {', '.join(f'`{commit}`' for commit in commits)}" if commits else ""
+    clock = (
+        " Seconds are those that the process computed, over its threads: what the clock says on an idle machine."
+        if any(r.get("clock") == "cpu" for r in records)
         else ""
     )
     return (
@@ -85,7 +97,7 @@ def _head(results: Results, cells: Sequence[str], budget: str) -> str:
         "the documents, and over documents where there are at least six. *n* is documents / items. **Gap closed** is the share "
         "of the way from no context to the whole text in context, in the gold answers' negative log-likelihood: 100 % is as "
         "good as the text. SmolLM2-135M answers few questions right even with the text in front of it, so likelihoods and "
-        f"divergences say more here than generated answers do. Each figure is of a single training run.{busy}"
+        f"divergences say more here than generated answers do. Each figure is of a single training run.{clock}"
     )
 
 
@@ -145,7 +157,7 @@ def _trained(results: Results, plots: Path) -> str:
             [
                 [
                     f"1/{r['params'].get('shrink', 10)}", r["document"], f"{r['num_tokens']:,} of {r['text_tokens']:,}", str(r["steps"]),
-                    f"{r['synthesis_seconds']:,.0f} s", f"{r['start_seconds']:,.0f} s", f"{r['train_seconds']:,.0f} s",
+                    *(f"{r[name]:,.0f} s" if "clock" in r else "–" for name in ("synthesis_seconds", "start_seconds", "train_seconds")),
                     written(results.figure([r], "cartridge", "gap_closed"), ".0%"),
                 ]
                 for r in runs
@@ -154,7 +166,7 @@ def _trained(results: Results, plots: Path) -> str:
     )  # fmt: skip
     if seconds:
         timed = [r for r in quality if r["document"] in {s["document"] for s in seconds}]
-        plot_seconds(results, [*seconds, *timed], plots / "seconds.png")
+        plot_seconds(results, [r for r in (*seconds, *timed) if "clock" in r], plots / "seconds.png")
         parts.append(f"![quality against seconds of training]({plots.name}/seconds.png)")
     return "\n\n".join(parts)
 

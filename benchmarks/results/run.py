@@ -6,13 +6,11 @@ import argparse
 import hashlib
 import json
 import math
-import os
 import platform
 import statistics
 import sys
-import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +45,7 @@ from peft_cartridges.evaluation.evaluate import measure_systems, prepare_measuri
 from peft_cartridges.evaluation.instructions import make_instructions
 from peft_cartridges.evaluation.measurements import Measuring
 from peft_cartridges.evaluation.report import SystemResult
-from peft_cartridges.evaluation.speed import measure_speed
+from peft_cartridges.evaluation.speed import cpu_clock, measure_speed, wall_clock
 from peft_cartridges.evaluation.system import bare_system, prefix_system
 from peft_cartridges.evaluation.tasks import unanswerable_from
 from peft_cartridges.self_study.making_cost import making_phases
@@ -82,18 +80,20 @@ class Run:
         self.work: Path = args.work / digest
         (self.work / "partial").mkdir(parents=True, exist_ok=True)
         self._measuring: dict[tuple[str, bool], Measuring] = {}
+        # On a CPU, seconds are those of an idle one.
+        self.clock = cpu_clock if args.device == "cpu" else wall_clock
 
     def carry_out(self, cell: Cell) -> dict[str, Any]:
         """The record of a cell."""
-        start = time.perf_counter()
+        start = self.clock()
         self._partial = self.work / "partial" / f"{cell.name.replace('/', '+')}.jsonl"
         figures = getattr(self, cell.kind)(cell.document, **dict(cell.params))
         self._partial.unlink(missing_ok=True)
         return {
             "name": cell.name, "group": cell.group, "document": cell.document, "params": dict(cell.params),
-            "settings": self.settings, "seconds": round(time.perf_counter() - start, 1),
+            "settings": self.settings, "seconds": round(self.clock() - start, 1),
             "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, {self.args.device}",
-            "load": round(os.getloadavg()[1], 1), **figures,
+            "clock": "cpu" if self.clock is cpu_clock else "wall", **figures,
         }  # fmt: skip
 
     # -- kinds of cells ----------------------------------------------------------------------------------------------
@@ -156,13 +156,17 @@ class Run:
         return {"report": self._evaluate(bench, systems, ["bm25", "first_tokens"]), **facts}
 
     def cost(self, document: str) -> dict[str, Any]:
-        """The cost model with this machine's measured speed, and its figures beside measured ones: of the base's
-        self-study, and of answering one question."""
-        _, facts = self._train(document, self.documents[document].text)
-        rows, seconds = self._conversations(document, self.documents[document].text, BASE)
+        """The cost model with this machine's measured speed, and its figures beside measured ones: of a self-study a
+        quarter as long as the base's, and of answering one question."""
+        text, quarter = self.documents[document].text, {"share": 0.25, "asked": 0.25}
+        _, facts = self._train(f"{document}-cost", text, **quarter)
+        rows, seconds = self._conversations(f"{document}-cost", text, {**BASE, **quarter})
         bench = self._bench(document)
         size = next(self.model.parameters()).element_size()
-        shape, machine = ModelShape.of(self.model.config, dtype_bytes=size), measure_machine(self.model)
+        shape, machine = (
+            ModelShape.of(self.model.config, dtype_bytes=size),
+            measure_machine(self.model, clock=self.clock),
+        )
         learned = [sum(mask) for mask in rows["completion_mask"]]
         lengths = [len(ids) for ids in rows["input_ids"]]
         chunks = {
@@ -186,10 +190,12 @@ class Run:
         fronts = {"cartridge": bench.num_tokens, "text in context": len(bench.text_ids)}
         prefixes = {}
         for name, front in fronts.items():
-            start = time.perf_counter()
+            start = self.clock()
             prefixes[name] = KVPrefix.from_input_ids(self.model, bench.text_ids[:front])
-            read = time.perf_counter() - start
-            speed = measure_speed(self._system(name, prefixes[name]), question, batch_size=1, new_tokens=16, repeats=2)
+            read = self.clock() - start
+            speed = measure_speed(
+                self._system(name, prefixes[name]), question, batch_size=1, new_tokens=16, repeats=2, clock=self.clock
+            )
             told = question_cost(shape, machine, traffic, front=front).seconds
             checks.append(
                 [f"a question, {name} in memory", told, speed.first_token_seconds + 16 / speed.tokens_per_second]
@@ -197,7 +203,9 @@ class Run:
         checks.append(
             ["reading the text", machine.seconds(shape.forward_flops(len(bench.text_ids), predicted=0)), read]
         )
-        speed = measure_speed(bare_system(self.model, self.codec), question, batch_size=1, new_tokens=16, repeats=2)
+        speed = measure_speed(
+            bare_system(self.model, self.codec), question, batch_size=1, new_tokens=16, repeats=2, clock=self.clock
+        )
         told = question_cost(shape, machine, traffic, front=0).seconds
         checks.append(
             ["a question, nothing in context", told, speed.first_token_seconds + 16 / speed.tokens_per_second]
@@ -205,17 +213,21 @@ class Run:
         held = [
             [f"{name}, bytes", shape.kv_bytes(prefix.num_tokens), prefix.nbytes] for name, prefix in prefixes.items()
         ]
+        whole = replace(
+            making, conversations=self.budget.conversations,
+            epochs=self.budget.steps * self.budget.batch_size / self.budget.conversations,
+        )  # fmt: skip
         costs = {}
         for shrink in (5, 10, 20, 38):
             num_tokens = max(2, len(bench.text_ids) // shrink)
             found = compare_costs(
-                shape, machine, text_tokens=len(bench.text_ids), num_tokens=num_tokens, making=making,
+                shape, machine, text_tokens=len(bench.text_ids), num_tokens=num_tokens, making=whole,
                 traffic=Traffic(batch_size=8, passage_tokens=num_tokens),
             )  # fmt: skip
             costs[str(shrink)] = [asdict(cost) for cost in found]
         return rounded({
             "machine_measured": asdict(machine) | {"memory": None}, "text_tokens": len(bench.text_ids),
-            "making": asdict(making), "costs": costs, "seconds_told_and_measured": checks, "bytes_told_and_measured": held,
+            "making": asdict(whole), "costs": costs, "seconds_told_and_measured": checks, "bytes_told_and_measured": held,
         })  # fmt: skip
 
     # -- what they share ---------------------------------------------------------------------------------------------
@@ -268,11 +280,13 @@ class Run:
         )  # fmt: skip
         prompts = [pair["prompt"] for pair in self.general[: budget.general_prompts or None]]
         unknown = unanswerable_from(list(self.documents.values()), given)
-        return prepare_measuring(
+        measuring = prepare_measuring(
             bench, questions=given.answerable, general=self.general, args=config,
             instructions=make_instructions(prompts) if generate else (),
             unanswerable=unknown[: budget.questions or None] if generate else (),
         )  # fmt: skip
+        measuring.clock = self.clock
+        return measuring
 
     def _train(self, name: str, text: str, **params: Any) -> tuple[KVPrefix, dict[str, Any]]:
         """A trained cartridge, from its file where it is there already."""
@@ -289,7 +303,7 @@ class Run:
         tokens = len(self.codec.encode_context(text))
         num_tokens = params.get("num_tokens") or max(2, tokens // params["shrink"])
         conversations, synthesis_seconds = self._conversations(name, text, params)
-        start = time.perf_counter()
+        start = self.clock()
         begin = params.get("start", "auto")
         steps = max(1, round(self.budget.steps * params.get("share", 1.0)))
         config = SelfStudyConfig(
@@ -305,9 +319,9 @@ class Run:
         if begin == "unrelated_text":
             other = next(d.text for d in self.documents.values() if d.text != text)
             initialize_cartridge(trainer.model, self.codec, text=other, strategy="first_tokens")
-        begun = time.perf_counter()
+        begun = self.clock()
         trainer.train()
-        end = time.perf_counter()
+        end = self.clock()
         prefix = trainer.model.get_kv_prefix().detach().to(self.model.dtype)
         losses = [round(entry["loss"], 4) for entry in trainer.state.log_history if "loss" in entry]
         self.model = trainer.model.unload().eval()
@@ -330,10 +344,10 @@ class Run:
         )
         folder = self.work / "conversations" / f"{name}-{share}-{kinds}"
         spent = folder / "seconds.json"
-        start = time.perf_counter()
+        start = self.clock()
         dataset = SelfStudySynthesizer(self.model, self.tokenizer, config).synthesize(text, output_dir=folder)
         if not spent.exists():
-            spent.write_text(json.dumps(time.perf_counter() - start))
+            spent.write_text(json.dumps(self.clock() - start))
         return dataset, json.loads(spent.read_text())
 
 

@@ -4,6 +4,7 @@ instead: FLOPs, seconds and bytes from a model's configuration, without its weig
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 
 from ..model_cost import Machine, ModelShape, decoding_step
 from ..self_study.making_cost import Making, Phase, making_phases
-from .speed import seconds_of
+from .speed import seconds_of, wall_clock
 
 
 @dataclass(frozen=True)
@@ -127,18 +128,20 @@ def compare_costs(
 
 
 @torch.no_grad()
-def measure_machine(model: Any, *, tokens: int = 512, steps: int = 8) -> Machine:
+def measure_machine(
+    model: Any, *, tokens: int = 512, steps: int = 8, clock: Callable[[], float] = wall_clock
+) -> Machine:
     """FLOPs per second of a prefill, and bytes per second of decoding one row, with a model on its device."""
     shape = ModelShape.of(model.config, dtype_bytes=next(model.parameters()).element_size())
     ids = torch.arange(10, 10 + tokens, device=model.device)[None] % model.config.get_text_config().vocab_size
-    prefill = seconds_of(lambda: model(input_ids=ids, use_cache=False, logits_to_keep=1))
+    prefill = seconds_of(lambda: model(input_ids=ids, use_cache=False, logits_to_keep=1), clock=clock)
 
     def decode() -> None:
         cache = None
         for _ in range(steps):
             cache = model(input_ids=ids[:, :1], past_key_values=cache, use_cache=True).past_key_values
 
-    step = seconds_of(decode) / steps
+    step = seconds_of(decode, clock=clock) / steps
     return Machine(
         shape.forward_flops(tokens, predicted=1) / prefill, shape.weight_bytes / step, "this machine, measured"
     )

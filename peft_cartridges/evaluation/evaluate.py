@@ -223,7 +223,7 @@ def _measure(system: System, measuring: Measuring, args: EvaluationConfig) -> Sy
         {**measuring.on_context(system), **measuring.off_context(system)},
     )  # fmt: skip
     if args.speed and system.engine is None:
-        speed = measure_speed(system, measuring.material.questions[0].question)
+        speed = measure_speed(system, measuring.material.questions[0].question, clock=measuring.clock)
         result.first_token_seconds, result.tokens_per_second = speed.first_token_seconds, speed.tokens_per_second
     return result
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -16,6 +16,7 @@ from .instructions import Instruction, follows
 from .judge import Judge
 from .multiple_choice import choose_options
 from .scoring import Row, compare_rows, predictions, row_of_answer, row_of_ids, score_rows
+from .speed import wall_clock
 from .system import System
 
 
@@ -65,6 +66,7 @@ class Measuring:
         full_text: The model with the text in context, or `None` where it does not fit.
         reason: Why there is no full text.
         judge: Grades generated answers.
+        clock: That decoding is timed with.
     """
 
     material: Material
@@ -73,6 +75,7 @@ class Measuring:
     full_text: System | None = None
     reason: str = ""
     judge: Judge | None = None
+    clock: Callable[[], float] = wall_clock
     _general: list[Row] = field(default_factory=list, init=False)
     _general_states: list[Tensor] = field(default_factory=list, init=False)
     _distinctive: set[str] = field(default_factory=set, init=False)
