@@ -73,21 +73,6 @@ def _head(results: Results, cells: Sequence[str], budget: str) -> str:
         if any(r.get("clock") == "cpu" for r in records)
         else ""
     )
-    settings = next((r["settings"] for r in records if "settings" in r), {})
-    told = (
-        f" {settings['model']} in {settings['dtype']}; self-studies of {settings['conversations']} conversations, half of them "
-        f"recitations, with answers of at most {settings['answer_tokens']} tokens, learned in {settings['steps']} steps of "
-        f"{settings['batch_size']}; at most {settings['questions']} questions on each document and "
-        f"{settings['general_prompts']} general prompts."
-        if settings
-        else ""
-    )
-    about = f" {', '.join(f'`{commit}`' for commit in commits)}" if commits else ""
-    clock = (
-        " Seconds are those that the process computed, over its threads: what the clock says on an idle machine."
-        if any(r.get("clock") == "cpu" for r in records)
-        else ""
-    )
     return (
         f"# Results\n\nWritten by `python -m benchmarks.results` from the lines in [results/](results/): the {budget or 'given'} "
         f"budget, {len(records)}{f' of {len(cells)}' if cells else ''} cells, {minutes:.0f} minutes of computing"
