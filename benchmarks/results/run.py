@@ -9,14 +9,14 @@ import math
 import platform
 import statistics
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 from peft_cartridges import (
     CartridgeConfig,
@@ -176,7 +176,8 @@ class Run:
             conversations=len(rows), question_tokens=statistics.mean(lengths) - statistics.mean(learned),
             answer_tokens=statistics.mean(learned), generated_share=1 - BASE["recitation_share"],
             chunk_tokens=statistics.mean(chunks.values()), conversations_per_chunk=math.ceil(len(rows) / len(chunks)),
-            epochs=facts["steps"] * self.budget.batch_size / len(rows), batch_size=16,
+            epochs=facts["steps"] * self.budget.batch_size / len(rows),
+            batch_size=max(1, round(len(rows) * (1 - BASE["recitation_share"]) / len(chunks))),
         )  # fmt: skip
         phases = making_phases(shape, machine, making, bench.num_tokens)
         written = sum((phases[name].seconds for name in ("prefill", "writing", "scoring")), 0.0)
@@ -319,7 +320,8 @@ class Run:
         if begin == "unrelated_text":
             other = next(d.text for d in self.documents.values() if d.text != text)
             initialize_cartridge(trainer.model, self.codec, text=other, strategy="first_tokens")
-        begun = self.clock()
+        begin_of_training = _Begin(self.clock)
+        trainer.add_callback(begin_of_training)
         trainer.train()
         end = self.clock()
         prefix = trainer.model.get_kv_prefix().detach().to(self.model.dtype)
@@ -327,8 +329,9 @@ class Run:
         self.model = trainer.model.unload().eval()
         facts = {
             "num_tokens": num_tokens, "text_tokens": tokens, "steps": steps, "conversations": len(conversations),
-            "synthesis_seconds": round(synthesis_seconds, 1), "start_seconds": round(begun - start, 1),
-            "train_seconds": round(end - begun, 1), "losses": losses,
+            "synthesis_seconds": round(synthesis_seconds, 1),
+            "start_seconds": round(begin_of_training.at - start, 1),
+            "train_seconds": round(end - begin_of_training.at, 1), "losses": losses,
         }  # fmt: skip
         save_file({"prompt_embeddings": prefix.to_prompt_embeddings().cpu()}, file)
         facts_file.write_text(json.dumps(facts))
@@ -349,6 +352,16 @@ class Run:
         if not spent.exists():
             spent.write_text(json.dumps(self.clock() - start))
         return dataset, json.loads(spent.read_text())
+
+
+class _Begin(TrainerCallback):
+    """When training begins, behind what the cartridge starts from."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock, self.at = clock, math.nan
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.at = self._clock()
 
 
 def _joined(prefixes: Sequence[KVPrefix]) -> KVPrefix:
