@@ -2,6 +2,8 @@
 
 PYTHON ?= python3
 ARGS ?=
+BUDGET ?= small
+DATA ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -20,7 +22,7 @@ PYTHON_IS_NEW_ENOUGH := import sys; v = sys.version_info; sys.exit( \
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install model quickstart test test-vllm test-versions test-lowest test-newest results lint format clean distclean
+.PHONY: help install model quickstart test test-vllm test-versions test-lowest test-newest results results-gpu lint format clean distclean
 
 help: ## Show this list
 	@echo "Targets (PYTHON=... picks the interpreter, ARGS='...' goes to quickstart, tests and results):"
@@ -56,8 +58,13 @@ test-lowest test-newest: test-%: $(MODEL_FILE)
 		*(f"{name} {version(name)}" for name in ("transformers", "peft", "trl")))'
 	@$(VENV)-$*/bin/python -m pytest -q -m "not slow" $(ARGS)
 
-results: $(MODEL_FILE) ## Measure and write docs/results.md, e.g. make results ARGS="--budget full"; carries on after a stop
-	@$(BIN)/python -m benchmarks.results $(ARGS)
+results: $(MODEL_FILE) ## Measure and write docs/results.md, e.g. make results BUDGET=full DATA=folder; carries on after a stop
+	@$(BIN)/python -m benchmarks.results --budget $(BUDGET) $(if $(DATA),--data $(DATA)) $(ARGS)
+
+results-gpu: $(STAMP) ## The same with Qwen3-4B and Llama-3.1-8B on LongHealth and QuALITY; wants a GPU with 80 GB
+	@for model in "Qwen/Qwen3-4B --window 40960" "meta-llama/Llama-3.1-8B-Instruct --window 131072"; do \
+		$(BIN)/python -m benchmarks.results --budget full --device cuda --tasks longhealth quality $(if $(DATA),--data $(DATA)) \
+			--documents 6 --conversations 4096 --steps 400 --model $$model $(ARGS) || exit 1; done
 
 lint: $(STAMP) ## Check style, format and types
 	@echo "==> ruff check"

@@ -14,25 +14,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from ..atomic_files import write_text
 from ..chat import ChatCodec
-from ..evaluation.cost import (
-    Cost,
-    Machine,
-    Making,
-    ModelShape,
-    Traffic,
-    compare_costs,
-    measure_machine,
-    questions_until_cheaper,
-)
+from ..evaluation.cost import Cost, Traffic, compare_costs, measure_machine, questions_until_cheaper
 from ..evaluation.report import markdown_table, pyplot
-
-# Dense bfloat16 FLOPs and bytes per second at most, from the vendor's data sheets.
-MACHINES: dict[str, tuple[float, float]] = {
-    "h200": (989e12, 4.8e12),
-    "h100": (989e12, 3.35e12),
-    "a100": (312e12, 2.04e12),
-    "l4": (121e12, 0.3e12),
-}
+from ..model_cost import Machine, ModelShape
+from ..self_study.making_cost import Making
+from .machine_options import add_machine_arguments, machine_from
 
 _GROUPS: dict[str, Any] = {"making": Making, "traffic": Traffic}
 
@@ -52,15 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--plot", type=Path, metavar="FILE", help="plot seconds in all against questions, e.g. cost.png"
     )
 
-    machine = parser.add_argument_group("machine")
-    machine.add_argument(
-        "--machine", choices=list(MACHINES), default="h100", help="from its data sheet (default: h100)"
-    )
-    machine.add_argument(
-        "--utilization", type=float, default=0.4, help="share of the peak FLOPs reached (default: 0.4)"
-    )
-    machine.add_argument("--flops", type=float, help="instead: FLOPs per second reached")
-    machine.add_argument("--bandwidth", type=float, help="and bytes per second read from memory")
+    machine = add_machine_arguments(parser)
     machine.add_argument("--measure", action="store_true", help="instead: time the model on this machine")
 
     for prefix, kind in _GROUPS.items():
@@ -153,14 +131,7 @@ def _machine(args: argparse.Namespace) -> Machine:
     if args.measure:
         model: Any = AutoModelForCausalLM.from_pretrained(args.model, dtype="auto")
         return measure_machine(model.eval())
-    if (args.flops is None) != (args.bandwidth is None):
-        raise ValueError("--flops and --bandwidth go together.")
-    if args.flops is not None:
-        return Machine(args.flops, args.bandwidth)
-    if not 0 < args.utilization <= 1:
-        raise ValueError(f"--utilization must be above 0 and at most 1, got {args.utilization}.")
-    peak, bandwidth = MACHINES[args.machine]
-    return Machine(peak * args.utilization, bandwidth, f"{args.machine}, {args.utilization:.0%} of its peak FLOPs")
+    return machine_from(args)
 
 
 def _text_tokens(args: argparse.Namespace) -> int:

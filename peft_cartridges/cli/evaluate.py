@@ -17,7 +17,7 @@ from ..evaluation.documents import read_json_lines
 from ..evaluation.evaluate import DEFAULT_BASELINES, evaluate_cartridge
 from ..evaluation.instructions import make_instructions
 from ..evaluation.judge import Judge
-from ..evaluation.report import EvaluationReport
+from ..evaluation.report import EvaluationReport, pyplot
 from ..evaluation.tasks import TASKS, general_choices, general_pairs, instruction_rows, load_task, unanswerable_from
 from ..gate import load_gate
 from ..hub import load_cartridge
@@ -60,7 +60,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--baselines", nargs="*", default=list(DEFAULT_BASELINES), metavar="NAME",
         help=f"all, or any of: {', '.join(BASELINES)}",
     )  # fmt: skip
-    beside.add_argument("--encoder", help="SentenceTransformer of the dense retriever")
+    beside.add_argument(
+        "--encoder", help="SentenceTransformer of the dense retriever (default: the model's own averaged states)"
+    )
     beside.add_argument("--kvpress-python", metavar="FILE", help="interpreter of an environment with kvpress")
     beside.add_argument("--train-conversations", metavar="FOLDER", help="what LoRA is trained on (`save_to_disk`)")
     beside.add_argument("--judge-url", help="an OpenAI-compatible server that grades answers")
@@ -88,6 +90,11 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _run(args: argparse.Namespace) -> None:
+    # What would only fail behind hours of measuring.
+    if args.plot:
+        pyplot()
+    if args.card and not Path(args.cartridge).is_dir():
+        raise ValueError("--card writes into a folder: pull the cartridge first (`cartridges pull`).")
     names = [field.name for field in fields(EvaluationConfig)]
     config = EvaluationConfig(**{name: getattr(args, name) for name in names if hasattr(args, name)})
     text, questions, unanswerable = _text(args)
@@ -166,8 +173,6 @@ def _add_to_card(report: EvaluationReport, args: argparse.Namespace) -> None:
     from ..hub.model_card import write_model_card
 
     folder = Path(args.cartridge)
-    if not folder.is_dir():
-        raise ValueError("--card writes into a folder: pull the cartridge first (`cartridges pull`).")
     facts = load_facts(folder)
     new = report.card_metrics(f"questions on the text ({args.task or Path(args.questions).name})")
     kept = [metric for metric in facts.metrics if metric.name not in {entry.name for entry in new}]

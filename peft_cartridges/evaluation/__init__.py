@@ -6,10 +6,12 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ..model_cost import Machine, ModelShape
+    from ..self_study.making_cost import Making
     from .baselines import Bench, list_baselines, register_baseline
     from .config import EvaluationConfig
     from .context_gap import ContextGap, measure_context_gap
-    from .cost import Machine, Making, ModelShape, Traffic, compare_costs, measure_machine, questions_until_cheaper
+    from .cost import Traffic, compare_costs, measure_machine, questions_until_cheaper
     from .documents import Document, Question
     from .evaluate import evaluate_cartridge, evaluate_systems
     from .gold_answers import gold_answer_nll
@@ -31,9 +33,9 @@ _LAZY = {
     "EvaluationReport": "report",
     "Instruction": "instructions",
     "Judge": "judge",
-    "Machine": "cost",
-    "Making": "cost",
-    "ModelShape": "cost",
+    "Machine": ".model_cost",
+    "Making": ".self_study.making_cost",
+    "ModelShape": ".model_cost",
     "NotApplicable": "system",
     "Question": "documents",
     "System": "system",

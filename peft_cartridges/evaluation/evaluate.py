@@ -119,9 +119,36 @@ def evaluate_systems(
     Raises:
         ValueError: as `evaluate_cartridge`.
     """
+    for name in baselines:
+        get_baseline(name)  # refused before anything is computed
+    measuring = prepare_measuring(
+        bench, questions=questions, conversations=conversations, general=general, general_choices=general_choices,
+        instructions=instructions, unanswerable=unanswerable, judge=judge, args=args,
+    )  # fmt: skip
+    return measure_systems(
+        measuring, systems, bench, baselines=baselines, command=command, progress=progress, kept=kept, finished=finished
+    )
+
+
+def prepare_measuring(
+    bench: Bench,
+    *,
+    questions: Rows,
+    conversations: Any = None,
+    general: Sequence[Mapping[str, Any]] = (),
+    general_choices: Rows = (),
+    instructions: Rows = (),
+    unanswerable: Rows = (),
+    judge: Judge | None = None,
+    args: EvaluationConfig | None = None,
+) -> Measuring:
+    """What systems are measured with, and the two references that they are held against: computed once for any number of
+    `measure_systems` on the same text.
+
+    Raises:
+        ValueError, ImportError: as `evaluate_cartridge`.
+    """
     args = args or EvaluationConfig()
-    say = progress or (lambda name: None)
-    wanted = {name: get_baseline(name) for name in dict.fromkeys(["no_context", "full_text", *baselines])}
     asked = [question for question in _questions(questions) if question.answers]
     if not asked:
         raise ValueError("`questions` has no question with a gold answer: nothing can be measured.")
@@ -140,16 +167,37 @@ def evaluate_systems(
         instructions=_some(rules, args.max_general_prompts, args.seed),
         unanswerable=_some(_questions(unanswerable), args.max_questions, args.seed),
     )
-    done = dict(kept or {})
-    bare = wanted["no_context"](bench)
-    full: System | None = None
-    reason = ""
+    bare = get_baseline("no_context")(bench)
     try:
-        full = wanted["full_text"](bench)
+        return Measuring(material, args, bare, get_baseline("full_text")(bench), judge=judge)
     except NotApplicable as error:
-        reason = str(error)
-    measuring = Measuring(material, args, bare, full, judge)
-    made: dict[str, Callable[[], System]] = {"no_context": lambda: bare, "full_text": lambda: _there(full, reason)}
+        return Measuring(material, args, bare, reason=str(error), judge=judge)
+
+
+def measure_systems(
+    measuring: Measuring,
+    systems: Sequence[System],
+    bench: Bench,
+    *,
+    baselines: Sequence[str] = DEFAULT_BASELINES,
+    command: str = "",
+    progress: Callable[[str], None] | None = None,
+    kept: Mapping[str, SystemResult] | None = None,
+    finished: Callable[[str, SystemResult], None] | None = None,
+) -> EvaluationReport:
+    """The report of `evaluate_systems`, with references that are there already.
+
+    Raises:
+        ValueError: a baseline is unknown.
+    """
+    args = measuring.args
+    say = progress or (lambda name: None)
+    wanted = {name: get_baseline(name) for name in dict.fromkeys(["no_context", "full_text", *baselines])}
+    done = dict(kept or {})
+    made: dict[str, Callable[[], System]] = {
+        "no_context": lambda: measuring.bare,
+        "full_text": lambda: _there(measuring.full_text, measuring.reason),
+    }
     made |= {system.name: functools.partial(_there, system, "") for system in systems}
     made |= {name: functools.partial(make, bench) for name, make in wanted.items() if name not in made}
     for name, make in made.items():
@@ -185,7 +233,7 @@ def _measure(system: System, measuring: Measuring, args: EvaluationConfig) -> Sy
         {**measuring.on_context(system), **measuring.off_context(system)},
     )  # fmt: skip
     if args.speed and system.engine is None:
-        speed = measure_speed(system, measuring.material.questions[0].question)
+        speed = measure_speed(system, measuring.material.questions[0].question, clock=measuring.clock)
         result.first_token_seconds, result.tokens_per_second = speed.first_token_seconds, speed.tokens_per_second
     return result
 

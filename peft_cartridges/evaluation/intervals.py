@@ -36,6 +36,7 @@ def bootstrap(
     n: int,
     *,
     clusters: Sequence[Hashable] | None = None,
+    strata: Sequence[Hashable] | None = None,
     samples: int = 1000,
     level: float = 0.95,
     seed: int = 0,
@@ -48,29 +49,46 @@ def bootstrap(
         n: Items.
         clusters: Which items belong together (the questions of one document): whole clusters are drawn. Each item by
             itself by default.
+        strata: Which items stand for the same thing that is not drawn itself (the questions of one document, where the
+            interval is to be over questions alone): as many as there are are drawn from each. Not with `clusters`.
         samples, level, seed: Draws, the interval's level, and the seed of the draws.
 
     Raises:
-        ValueError: there are no items, or `clusters` has another length.
+        ValueError: there are no items, `clusters` or `strata` has another length, or both are given.
     """
     if n < 1:
         raise ValueError("there is nothing to measure: no items.")
-    if clusters is not None and len(clusters) != n:
-        raise ValueError(f"`clusters` has {len(clusters)} entries for {n} items.")
+    if clusters is not None and strata is not None:
+        raise ValueError("`clusters` and `strata` do not go together.")
+    for name, given in (("clusters", clusters), ("strata", strata)):
+        if given is not None and len(given) != n:
+            raise ValueError(f"`{name}` has {len(given)} entries for {n} items.")
     value = float(statistic(np.arange(n)))
     labels = list(range(n)) if clusters is None else list(clusters)
-    members = [np.flatnonzero([label == other for label in labels]) for other in dict.fromkeys(labels)]
+    members = _members(labels)
     if len(members) < 2 or samples < 2:
         return Estimate(value, math.nan, math.nan, n)
     rng = np.random.default_rng(seed)
+    # Of each stratum, the numbers of its members; one stratum of all where there are none.
+    groups = [np.arange(len(members))] if strata is None else _members(list(strata))
     drawn = [
-        statistic(np.concatenate([members[i] for i in rng.integers(len(members), size=len(members))]))
+        statistic(
+            np.concatenate([members[group[i]] for group in groups for i in rng.integers(len(group), size=len(group))])
+        )
         for _ in range(samples)
     ]
     low, high = (
         np.nanquantile(drawn, [(1 - level) / 2, (1 + level) / 2]) if not np.isnan(drawn).all() else [math.nan] * 2
     )
     return Estimate(value, float(low), float(high), n)
+
+
+def _members(labels: Sequence[Hashable]) -> list[np.ndarray]:
+    """The indices of each label, in order of appearance."""
+    found: dict[Hashable, list[int]] = {}
+    for index, label in enumerate(labels):
+        found.setdefault(label, []).append(index)
+    return [np.array(indices) for indices in found.values()]
 
 
 def weighted_mean(values: Sequence[float], weights: Sequence[float] | None = None) -> Callable[[np.ndarray], float]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -16,6 +16,7 @@ from .instructions import Instruction, follows
 from .judge import Judge
 from .multiple_choice import choose_options
 from .scoring import Row, compare_rows, predictions, row_of_answer, row_of_ids, score_rows
+from .speed import wall_clock
 from .system import System
 
 
@@ -63,14 +64,18 @@ class Measuring:
         args: What is measured.
         bare: The model that has read nothing.
         full_text: The model with the text in context, or `None` where it does not fit.
+        reason: Why there is no full text.
         judge: Grades generated answers.
+        clock: That decoding is timed with.
     """
 
     material: Material
     args: EvaluationConfig
     bare: System
     full_text: System | None = None
+    reason: str = ""
     judge: Judge | None = None
+    clock: Callable[[], float] = wall_clock
     _general: list[Row] = field(default_factory=list, init=False)
     _general_states: list[Tensor] = field(default_factory=list, init=False)
     _distinctive: set[str] = field(default_factory=set, init=False)
@@ -107,6 +112,7 @@ class Measuring:
         found["gold_nll"] = Items([s.nll for s in scores], [float(s.tokens) for s in scores])
         if self._rows:
             found |= _divergences("teacher", system, self._rows, self._states, self.args.batch_size)
+            del found["teacher_nll"]  # of the teacher's own words: its KL says more
         if choices := [question for question in questions if question.options]:
             chosen = choose_options(system, choices, **size)
             found["choice_accuracy"] = Items.of([c == q.correct for c, q in zip(chosen, choices, strict=True)])
@@ -127,8 +133,6 @@ class Measuring:
         material = self.material
         if self._general:
             found |= _divergences("general", system, self._general, self._general_states, self.args.batch_size)
-            scores = score_rows(system, self._general, **size)
-            found["general_nll"] = Items([s.nll for s in scores], [float(s.tokens) for s in scores])
             if self.args.generate:
                 answers = self._answers(system, [pair["prompt"] for pair in material.general])
                 found["contamination"] = Items.of(leaks(answers, self._distinctive))
@@ -178,4 +182,5 @@ def _divergences(
     return {
         f"{name}_kl": Items([row.kl for row in found], tokens),
         f"{name}_agreement": Items([float(row.agreed) for row in found], list(tokens)),
+        f"{name}_nll": Items([row.nll for row in found], list(tokens)),
     }

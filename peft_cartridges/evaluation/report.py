@@ -172,7 +172,7 @@ class EvaluationReport:
 
     def _measured(self, columns: Mapping[str, Any]) -> list[str]:
         present = {metric for r in self.systems for metric in r.items}
-        if "gold_nll" in present:
+        if any(self.get(r.name, "gap_closed") for r in self.systems if r.reason is None):
             present.add("gap_closed")
         return [metric for metric in columns if metric in present]
 

@@ -113,10 +113,11 @@ def score_rows(system: System, rows: Sequence[Row], *, batch_size: int = 16) -> 
 @dataclass(frozen=True)
 class Divergence:
     """Of one row, over its tokens: the sum of KL(reference ‖ system) in nats, tokens on whose likeliest next token both
-    agree, and how many tokens there are."""
+    agree, the sum of the system's negative log-likelihoods in nats, and how many tokens there are."""
 
     kl: float
     agreed: int
+    nll: float
     tokens: int
 
 
@@ -133,10 +134,11 @@ def compare_rows(
     """
     results = []
     head = OutputHead(system.model)
-    for ours, states in zip(_log_probs(system, rows, batch_size=batch_size), reference, strict=True):
+    for row, ours, states in zip(rows, _log_probs(system, rows, batch_size=batch_size), reference, strict=True):
         other = head(states).float().log_softmax(-1)
         kl = (other.exp() * (other - ours)).sum().item()
-        results.append(Divergence(kl, int((ours.argmax(-1) == other.argmax(-1)).sum()), len(ours)))
+        agreed = int((ours.argmax(-1) == other.argmax(-1)).sum())
+        results.append(Divergence(kl, agreed, _score(ours, row).nll, row.length))
     return results
 
 

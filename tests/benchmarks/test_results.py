@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from benchmarks import results, results_page
+from benchmarks.results import __main__ as command
+from benchmarks.results import claims, page, plan, records, run
 from peft_cartridges.evaluation.baselines import BASELINES
 from tests.tiny_models import tiny_model, tiny_tokenizer
 
@@ -29,38 +30,46 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (data / "qasper.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     general = [{"prompt": "when ?", "answer": "seven days ."}, {"prompt": "is it new ?", "answer": "no ."}]
     (data / "general.jsonl").write_text("\n".join(map(json.dumps, general)), encoding="utf-8")
-    monkeypatch.setattr(results, "OWN", ())
+    monkeypatch.setattr(plan, "OWN", ())
     return tmp_path
 
 
 def _run(folder: Path, *options: str) -> tuple[str, dict[str, dict[str, Any]]]:
     argv = [
         "--model", str(folder / "model"), "--dtype", "float32", "--data", str(folder / "data"), "--tasks", "qasper",
-        "--window", "4000", "--conversations", "8", "--steps", "2", "--questions", "3",
+        "--window", "4000", "--documents", "2", "--conversations", "8", "--steps", "2", "--questions", "3",
+        "--new-tokens", "4",
         "--output", str(folder / "out" / "lines.jsonl"), "--page", str(folder / "docs" / "page.md"), "--work",
         str(folder / "work"), *options,
     ]  # fmt: skip
-    results.main(argv)
-    return (folder / "docs" / "page.md").read_text(), results.read_records(folder / "out" / "lines.jsonl")
+    command.main(argv)
+    return (folder / "docs" / "page.md").read_text(), records.read_records(folder / "out" / "lines.jsonl")
 
 
 def test_cells_are_kept_and_the_page_is_written_from_them(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    page, records = _run(folder, "--budget", "small", "--only", "cost", "baselines")
-    assert set(records) == {"cost/qasper-0", "baselines/qasper-0", "baselines/qasper-1"}
-    assert "w60" not in json.dumps(records) and "captain" not in json.dumps(records)  # numbers, no text
+    written, found = _run(folder, "--only", "cost", "baselines")
+    assert set(found) == {"cost/qasper-0", "baselines/qasper-0", "baselines/qasper-1"}
+    assert "w60" not in json.dumps(found) and "captain" not in json.dumps(found)  # numbers, no text
+    assert "## Against what one would do instead" in written and "the model's own states |" in written
     assert (
-        "## Against what one would do instead" in page and "| BM25 passages |" in page
-    ) or "bm25s is not installed" in page
-    assert "- quality: 0 of 2 cells" in page and "not run" in page
-    assert (folder / "docs" / "page" / "baselines.png").stat().st_size > 1000
-    before = (folder / "out" / "lines.jsonl").read_text()
-    capsys.readouterr()
-    _run(folder, "--budget", "small", "--only", "cost", "baselines")  # nothing is left to do
-    assert (folder / "out" / "lines.jsonl").read_text() == before
-    with (folder / "out" / "lines.jsonl").open("a") as file:
+        "- quality/qasper-0" in written.split("## Cells that were not run")[1] and "the small budget, 3 of" in written
+    )
+    for plot in ("baselines.png", "break_even.png"):
+        assert (folder / "docs" / "page" / plot).stat().st_size > 1000
+    what = [row[0] for row in found["cost/qasper-0"]["seconds_told_and_measured"]]
+    assert what[:2] == ["writing conversations", "training"] and "a question, text in context in memory" in what
+    assert all(told == measured for _, told, measured in found["cost/qasper-0"]["bytes_told_and_measured"])
+    lines = folder / "out" / "lines.jsonl"
+    before = lines.read_text()
+    _run(folder, "--only", "cost", "baselines")  # nothing is left to do
+    assert lines.read_text() == before
+    with lines.open("a") as file:
         file.write('{"name": "cut short')
-    again, records = _run(folder, "--page-only")
-    assert len(records) == 3 and again.split("## The paper")[0].split("cells")[0] == page.split("cells")[0]
+    again, found = _run(folder, "--page-only")
+    assert len(found) == 3 and again == written
+    # What was measured with other settings is measured anew, and is not on the page.
+    other, found = _run(folder, "--steps", "3", "--page-only")
+    assert ", 0 of " in other
 
 
 def test_a_stop_within_a_cell_loses_no_finished_method(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -72,70 +81,96 @@ def test_a_stop_within_a_cell_loses_no_finished_method(folder: Path, monkeypatch
         return BASELINES["first_tokens"](bench)
 
     monkeypatch.setitem(BASELINES, "interrupted", interrupted)
-    monkeypatch.setattr(results, "list_baselines", lambda: ["no_context", "full_text", "first_tokens", "interrupted"])
-    _, records = _run(folder, "--only", "baselines")
-    assert records == {}
-    (partial,) = (folder / "work" / "partial").iterdir()
-    assert list(results.read_records(partial)) == ["no_context", "full_text", "first_tokens"]
-    _, records = _run(folder, "--only", "baselines")
-    systems = records["baselines/qasper-0"]["report"]["systems"]
+    monkeypatch.setattr(run, "list_baselines", lambda: ["no_context", "full_text", "first_tokens", "interrupted"])
+    _, found = _run(folder, "--only", "baselines")
+    assert found == {}
+    (partial,) = folder.glob("work/*/partial/*")
+    (references,) = folder.glob("work/*/references/*")
+    assert list(records.read_records(partial)) == ["first_tokens"]
+    assert list(records.read_records(references)) == ["no_context", "full_text"]
+    _, found = _run(folder, "--only", "baselines")
+    systems = found["baselines/qasper-0"]["report"]["systems"]
     assert [s["name"] for s in systems] == ["no context", "full text", "first tokens", "first tokens"]
-    assert systems[2]["items"] == systems[3]["items"] and list((folder / "work" / "partial").iterdir()) == []
+    assert systems[2]["items"] == systems[3]["items"] and list(folder.glob("work/*/partial/*")) == []
 
 
-def test_a_trained_cell_its_variants_and_a_composition(folder: Path) -> None:
-    page, records = _run(folder, "--budget", "full", "--only", "quality", "composition", "sink")
-    trained = records["quality/qasper-0"]
+def test_trained_cells_their_variants_and_compositions(folder: Path) -> None:
+    written, found = _run(folder, "--only", "quality", "composition", "sink", "parts", "seconds", "lora")
+    trained = found["quality/qasper-0"]
     assert trained["steps"] == 2 and trained["conversations"] == 8 and trained["train_seconds"] > 0
     systems = {system["name"]: system for system in trained["report"]["systems"]}
     assert systems["cartridge"]["num_tokens"] == trained["num_tokens"]
     assert {"general_kl", "contamination", "instructions_followed", "abstention_separation"} <= set(
         systems["cartridge"]["metrics"]
     )
-    assert records["sink/qasper-0/frozen=4"]["params"] == {"frozen": 4}
-    joined = records["composition/qasper-0/other=qasper-1"]["report"]["systems"]
-    assert [s["name"] for s in joined[2:]] == ["alone", "first of two", "second of two", "the other alone"]
-    assert joined[3]["num_tokens"] == 2 * trained["num_tokens"] - 1
+    assert found["sink/qasper-0/frozen=0"]["params"] == {"frozen": 0}
+    assert found["seconds/qasper-0/share=0.5"]["steps"] == 1
+    joined = found["composition/qasper-0/others=qasper-1"]["report"]["systems"]
+    assert [s["name"] for s in joined[2:]] == ["alone", "another alone", "first of two", "last of two"]
+    assert joined[4]["num_tokens"] == joined[2]["num_tokens"] + joined[3]["num_tokens"] - 1
     # The cartridge of the base is trained once, and measured again from its file.
     alone = joined[2]["metrics"]["gold_nll"]["value"]
     assert alone == pytest.approx(systems["cartridge"]["metrics"]["gold_nll"]["value"], abs=1e-4)
-    assert "## Composition" in page and "## Frozen first tokens" in page and "| two cartridges trained apart" in page
+    halves = found["parts/qasper-0/parts=2"]["report"]["systems"][2]
+    assert halves["name"] == "2 parts" and abs(halves["num_tokens"] - trained["num_tokens"]) <= 2
+    for title in ("Composition", "Frozen first tokens", "One text in parts", "Off the text"):
+        assert f"## {title}\n" in written
+    assert "| LoRA of equal bytes |" in written and "| composed without training" in written
+
+
+def _record(name: str, group: str, nll: float, document: str = "d", count: int = 4, **params: Any) -> dict[str, Any]:
+    def system(kind: str, values: list[float]) -> dict[str, Any]:
+        return {"name": kind, "num_tokens": 1, "items": {"gold_nll": {"values": values, "weights": [1.0] * count}}}
+
+    spread = [nll + 0.2 * (i % 2) for i in range(count)]
+    systems = [system("no context", [2.0] * count), system("full text", [1.0] * count), system("cartridge", spread)]
+    report = {"systems": systems, "text_tokens": 100, "settings": {}, "versions": {}, "command": ""}
+    return {"name": name, "group": group, "document": document, "params": params, "report": report}
 
 
 def test_verdicts_follow_the_intervals() -> None:
-    def record(name: str, group: str, nll: float, **params: Any) -> dict[str, Any]:
-        def system(kind: str, values: list[float]) -> dict[str, Any]:
-            return {"name": kind, "num_tokens": 1, "items": {"gold_nll": {"values": values, "weights": [1.0] * 4}}}
+    def verdicts(ours: float) -> dict[str, str]:
+        results = records.Results([
+            _record("a", "quality", ours), _record("b", "objective", 1.5, loss_type="cross_entropy"),
+            _record("c", "sizes", ours, shrink=38), _record("d", "sink", ours, frozen=0),
+        ])  # fmt: skip
+        return {claim.claim: claim.verdict for claim in claims.find_claims(results)}
 
-        spread = [nll - 0.01, nll, nll, nll + 0.01]
-        systems = [system("no context", [2.0] * 4), system("full text", [1.0] * 4), system("cartridge", spread)]
-        report = {"systems": systems, "text_tokens": 100, "settings": {}, "versions": {}, "command": ""}
-        return {"name": name, "group": group, "document": "d", "params": params, "report": report}
+    better, worse = verdicts(0.8), verdicts(1.7)
 
-    worse, better = (
-        results_page._claims(results_page.Results([
-            record("a", "quality", ours), record("b", "objective", 1.5, loss_type="cross_entropy"),
-            record("c", "sizes", ours, shrink=38), record("d", "sink", ours + 0.005, frozen=0),
-        ])) for ours in (1.7, 1.02)
-    )  # fmt: skip
-
-    def verdict(page: str, claim: str) -> str:
-        (row,) = [line for line in page.splitlines() if line.startswith(f"| {claim}")]
-        return row.split("|")[-2].strip()
+    def verdict(found: dict[str, str], claim: str) -> str:
+        (only,) = [value for name, value in found.items() if name.startswith(claim)]
+        return only
 
     assert verdict(better, "as good as the text") == "confirmed" and verdict(worse, "as good as") == "not confirmed"
-    assert verdict(better, "KL is better") == "confirmed" and verdict(worse, "KL is better") == "not confirmed"
-    assert verdict(better, "a frozen first token") == "not decidable: the intervals overlap"
+    # The questions differ by more than the two systems do: pair by pair the difference is plain.
+    assert verdict(better, "distillation") == "confirmed" and verdict(worse, "distillation") == "not confirmed"
+    assert verdict(better, "a frozen first token") == "not decidable here"
     assert verdict(better, "five kinds") == "not run"
 
 
-def test_the_plan_covers_what_the_page_shows() -> None:
-    cells = results.plan(["a", "b", "c", "d"], ["e"])
+def test_figures_over_documents_by_hand() -> None:
+    one, two = _record("a", "quality", 1.2, "one"), _record("b", "quality", 1.6, "two", count=8)
+    results = records.Results([one, two, _record("c", "sink", 1.4, "two", count=8, frozen=0)])
+    # Of each document: (2 - mean of x and x + 0.2) / (2 - 1); then their mean, however many questions each has.
+    figure = results.figure([one, two], "cartridge", "gap_closed")
+    assert figure is not None and figure.value == pytest.approx(((2 - 1.3) + (2 - 1.7)) / 2) and figure.n == 12
+    assert figure.low < figure.value < figure.high
+    difference = results.difference([one, two], results.of("sink"), ("cartridge", "cartridge"), "gap_closed")
+    assert difference is not None and difference.value == pytest.approx(-0.2) and difference.n == 8
+    assert difference.low == pytest.approx(-0.2) == difference.high  # on each question the same
+    many = [_record(f"m{i}", "quality", 1.0 + 0.1 * i, f"d{i}") for i in range(6)]
+    over = records.Results(many).figure(many, "cartridge", "gap_closed")
+    assert over is not None and over.value == pytest.approx(2 - 1.1 - 0.25)
+    assert results.figure([one], "LoRA", "gap_closed") is None
+
+
+@pytest.mark.parametrize("budget", list(plan.BUDGETS))
+def test_the_plan_covers_what_the_page_shows(budget: str) -> None:
+    cells = plan.plan(["a", "b", "c", "d", "e", "f", "g", "h"], ["long"], budget)
     names = [cell.name for cell in cells]
     assert len(set(names)) == len(names)
     groups = {cell.group for cell in cells}
-    assert (
-        set(results_page._VARIANTS) | {"composition", "parts", "long", "quality", "baselines", "cost", "lora"} <= groups
-    )
-    assert all(hasattr(results.Run, cell.kind) for cell in cells)
-    assert {cell.budget for cell in cells if cell.group == "baselines"} == {"small"}
+    shown = {"composition", "parts", "long", "quality", "sizes", "seconds", "baselines", "presses", "cost", "lora"}
+    assert groups == set(page._VARIANTS) | shown
+    assert all(hasattr(run.Run, cell.kind) for cell in cells)

@@ -64,7 +64,7 @@ def test_every_setting_is_explained(base: str, capsys: pytest.CaptureFixture[str
         ([], "give one of --text-tokens and --corpus"),
         (["--text-tokens", "100", "--flops", "1e12"], "--flops and --bandwidth go together"),
         (["--text-tokens", "100"], "`num_tokens` (512) must be at least 1 and less than `text_tokens` (100)"),
-        (["--text-tokens", "1000", "--utilization", "2"], "--utilization must be above 0"),
+        (["--text-tokens", "1000", "--utilization", "2"], "`utilization` must be above 0"),
     ],
 )
 def test_errors_are_one_line(base: str, options: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -98,10 +98,41 @@ def test_errors_are_one_line(
     assert error.splitlines()[-1].startswith("cartridges evaluate: error: ") and message in error
 
 
-def test_a_missing_extra_is_one_line(
-    files: dict[str, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("module", "options", "message"),
+    [
+        ("sacrebleu", ["--answer-metrics", "chrf"], "pip install 'peft-cartridges[eval]'"),
+        ("rouge_score.rouge_scorer", ["--answer-metrics", "rouge_l"], "pip install 'peft-cartridges[eval]'"),
+        ("matplotlib", ["--plot", "gap.png"], "pip install 'peft-cartridges[eval]'"),
+        (
+            "openai",
+            ["--judge-url", "http://127.0.0.1:9/v1", "--judge-model", "x"],
+            "pip install 'peft-cartridges[openai]'",
+        ),
+    ],
+)
+def test_a_missing_extra_is_one_line_before_anything_is_measured(
+    module: str,
+    options: list[str],
+    message: str,
+    files: dict[str, str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setitem(sys.modules, "sacrebleu", None)
+    monkeypatch.setitem(sys.modules, module, None)
     on = ["--corpus", files["corpus"], "--questions", files["questions"], "--general", "none"]
-    assert _run(files, *on, "--answer-metrics", "chrf") == 1
-    assert "pip install 'peft-cartridges[eval]'" in capsys.readouterr().err.splitlines()[-1]
+    assert _run(files, *on, *options) == 1
+    error = capsys.readouterr().err.splitlines()
+    assert message in error[-1] and "no_context" not in error
+
+
+def test_a_text_beyond_the_window_is_measured_without_what_needs_it(
+    files: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "long.txt").write_text(TEXT * 60, encoding="utf-8")
+    on = ["--corpus", str(tmp_path / "long.txt"), "--questions", files["questions"], "--general", "none"]
+    assert _run(files, *on, "--no-generate", "--baselines", "summary", "bm25") == 0
+    shown = capsys.readouterr().out
+    (line,) = [line for line in shown.splitlines() if line.startswith("- Not measured: full text, summary")]
+    assert "the model's window 512: it does not fit" in line
+    assert "| cartridge | 8 |" in shown and "gap closed" not in shown

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
@@ -21,7 +22,7 @@ from peft_cartridges.evaluation.answers import generate_answers
 from peft_cartridges.evaluation.baselines import BASELINES, get_baseline
 from peft_cartridges.evaluation.baselines.lora import equal_rank
 from peft_cartridges.evaluation.baselines.presses import PRESSES
-from peft_cartridges.evaluation.baselines.retrieval import choose_passages, split_passages
+from peft_cartridges.evaluation.baselines.retrieval import OwnStates, choose_passages, split_passages
 from peft_cartridges.evaluation.scoring import row_of_answer, score_rows
 from peft_cartridges.evaluation.system import bare_system, cartridge_system, prefix_system
 from tests.exactness import cartridge_model
@@ -109,6 +110,41 @@ def test_dense_passages_are_the_nearest() -> None:
     assert system.kv_bytes == 100 * KVPrefix.from_input_ids(model, [1]).nbytes
 
 
+def test_without_an_encoder_the_models_own_states_are_averaged() -> None:
+    bench = _bench(16)
+    texts = ["the ship is red .", "w9 w10"]
+    with torch.no_grad():
+        states = [
+            bench.model.model(torch.tensor([TOKENIZER(text)["input_ids"]])).last_hidden_state[0] for text in texts
+        ]
+    expected = torch.stack([state.mean(0) for state in states]).numpy()
+    assert OwnStates(bench).encode(texts) == pytest.approx(expected, abs=1e-5)
+    assert get_baseline("dense")(bench).name == "dense passages, the model's own states"
+
+
+def test_an_encoder_by_name_is_sentence_transformers(tmp_path: Path) -> None:
+    library = pytest.importorskip("sentence_transformers")
+    modules = importlib.import_module("sentence_transformers.models")  # 6 has moved it, and knows the old name
+    bench = _bench(16)
+    bench.model.save_pretrained(tmp_path / "plain")
+    without_template = tiny_tokenizer()  # with one, sentence-transformers embeds a text as a user's message
+    without_template.chat_template = None
+    without_template.save_pretrained(tmp_path / "plain")
+    reader = modules.Transformer(str(tmp_path / "plain"))
+    pooling = modules.Pooling(bench.model.config.hidden_size, "mean")
+    direct = library.SentenceTransformer(modules=[reader, pooling], device="cpu")
+    own = OwnStates(bench).encode(["the ship is red ."])
+    assert own == pytest.approx(direct.encode(["the ship is red ."]), abs=1e-4)
+    direct.save(str(tmp_path / "encoder"))
+    bench.encoder = str(tmp_path / "encoder")
+    system = get_baseline("dense")(bench)
+    assert system.name == "dense passages, encoder"
+    passages = split_passages(CODEC, TEXT)
+    found = library.util.semantic_search(direct.encode([ROWS[0].prompt]), direct.encode(passages), top_k=1)
+    best = passages[int(found[0][0]["corpus_id"])]
+    assert _nll(system)[0] == pytest.approx(_behind_text(best.strip(), 16)[0], abs=1e-3)
+
+
 def test_untrained_cartridges() -> None:
     bench = _bench(unrelated_text="sea " * 40)
     systems = {name: get_baseline(name)(bench) for name in list_baselines() if name.startswith("untrained")}
@@ -165,7 +201,7 @@ def test_lora_has_the_bytes_and_learns_the_conversations() -> None:
 def test_reasons() -> None:
     short = Bench(tiny_model(max_position_embeddings=128), TOKENIZER, TEXT, 8)
     for bench, name, reason in (
-        (_bench(), "dense", "no encoder is given"),
+        (_bench(encoder="/nowhere/encoder"), "dense", "sentence-transformers|the encoder '/nowhere/encoder' could not"),
         (_bench(), "lora", "needs the self-study conversations"),
         (_bench(), "untrained_unrelated_text", "no unrelated text"),
         (_bench(), "kvpress_kvzip", "--kvpress-python kvpress-env/bin/python"),
@@ -185,7 +221,7 @@ def test_a_missing_library_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(NotApplicable, match=r"pip install 'peft-cartridges\[eval\]'"):
         get_baseline("bm25")(_bench())
-    with pytest.raises(NotApplicable, match="pip install sentence-transformers"):
+    with pytest.raises(NotApplicable, match=r"pip install 'peft-cartridges\[baselines\]'"):
         get_baseline("dense")(_bench(encoder="some/encoder"))
 
 

@@ -42,6 +42,17 @@ def test_whole_clusters_are_drawn() -> None:
     assert (by_document.low, by_document.high) == (0.0, 1.0)
 
 
+def test_within_strata_the_same_number_is_drawn() -> None:
+    # Two documents whose questions agree within each: with as many from each, the mean cannot move.
+    values, strata = [0.0] * 3 + [1.0] * 9, ["a"] * 3 + ["b"] * 9
+    found = bootstrap(weighted_mean(values), 12, strata=strata)
+    assert (found.value, found.low, found.high) == (0.75, 0.75, 0.75)
+    spread = bootstrap(weighted_mean([float(i) for i in range(12)]), 12, strata=strata)
+    assert spread.low < spread.value == 5.5 < spread.high
+    free = bootstrap(weighted_mean([float(i) for i in range(12)]), 12)
+    assert spread.high - spread.low < free.high - free.low
+
+
 def test_the_same_seed_gives_the_same_interval() -> None:
     statistic = weighted_mean([number**1.5 for number in range(11)])
     assert bootstrap(statistic, 11, seed=3) == bootstrap(statistic, 11, seed=3) != bootstrap(statistic, 11, seed=4)
@@ -58,3 +69,5 @@ def test_bad_input() -> None:
         bootstrap(weighted_mean([]), 0)
     with pytest.raises(ValueError, match="`clusters` has 1 entries for 2 items"):
         bootstrap(weighted_mean([1.0, 2.0]), 2, clusters=["a"])
+    with pytest.raises(ValueError, match="`clusters` and `strata` do not go together"):
+        bootstrap(weighted_mean([1.0, 2.0]), 2, clusters=["a", "b"], strata=["a", "b"])

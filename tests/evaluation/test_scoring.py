@@ -59,6 +59,7 @@ def test_divergence_and_agreement_by_hand() -> None:
         kl = sum((t.exp() * (t - s)).sum().item() for t, s in zip(teacher, student, strict=True))
         agreed = sum(int(t.argmax() == s.argmax()) for t, s in zip(teacher, student, strict=True))
         assert found.kl == pytest.approx(kl, abs=1e-4) and (found.agreed, found.tokens) == (agreed, row.length)
+        assert found.nll == pytest.approx(score_rows(bare, [row])[0].nll, abs=1e-4)
         assert kl > 0.01
     same = compare_rows(text, rows, predictions(text, rows))
     assert [(abs(d.kl) < 1e-5, d.agreed) for d in same] == [(True, row.length) for row in rows]

@@ -26,10 +26,10 @@ class Bench:
         text: The corpus.
         num_tokens: Tokens of keys and values that a method may keep: those of the cartridge.
         conversations: The self-study data set, for methods that train on it.
-        steps: Optimizer steps of such methods.
+        steps, batch_size: Optimizer steps of such methods, and conversations in each.
         unrelated_text: Another text, for the initialization by one.
         encoder: Embeds texts for the dense retriever: `encode(list of texts)` gives an array `[texts, width]`, as
-            `SentenceTransformer` does; or its name on the Hub.
+            `SentenceTransformer` does; or its name on the Hub. By default the model itself, its final states averaged.
         kvpress_python: The interpreter of an environment with kvpress.
         work_dir: For files between processes; a temporary folder by default.
         seed: Of methods that draw.
@@ -41,6 +41,7 @@ class Bench:
     num_tokens: int
     conversations: Any = None
     steps: int = 60
+    batch_size: int = 16
     unrelated_text: str = ""
     encoder: Any = None
     kvpress_python: str | None = None

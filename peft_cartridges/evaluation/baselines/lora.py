@@ -40,7 +40,7 @@ def lora(bench: Bench) -> System:
     rows = bench.conversations.select_columns(["input_ids", "completion_mask"])
     with tempfile.TemporaryDirectory() as folder:
         args = SFTConfig(
-            output_dir=folder, max_steps=bench.steps, per_device_train_batch_size=16, learning_rate=1e-3,
+            output_dir=folder, max_steps=bench.steps, per_device_train_batch_size=bench.batch_size, learning_rate=1e-3,
             lr_scheduler_type="cosine", warmup_steps=min(10, bench.steps // 4), completion_only_loss=True, max_length=None,
             save_strategy="no", report_to="none", logging_strategy="no", disable_tqdm=True, seed=bench.seed,
             use_cpu=not torch.cuda.is_available(), gradient_checkpointing=False, bf16=False, fp16=False,

@@ -9,10 +9,12 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from torch import nn
 
 from ...chat import get_tokenizer
-from ...kv_prefix import KVPrefix
+from ...hidden_states import forward_hidden_states
+from ...kv_prefix import KVPrefix, evaluating
 from ..system import NotApplicable, System, bare, behind
 from .bench import Bench
 
@@ -58,19 +60,25 @@ def bm25(bench: Bench) -> System:
 
 
 def dense(bench: Bench) -> System:
-    """Passages by the cosine of embeddings; the encoder is any `SentenceTransformer`.
+    """Passages by the cosine of embeddings: of any `SentenceTransformer`, or of the model itself where none is given.
 
     Raises:
-        NotApplicable: no encoder is given, or `sentence-transformers` is not installed.
+        NotApplicable: an encoder is named, and `sentence-transformers` is not installed or does not find it.
     """
-    encoder = bench.encoder
+    encoder, name = bench.encoder, "dense passages"
     if encoder is None:
-        raise NotApplicable("no encoder is given (a SentenceTransformer, or the name of one)")
-    if isinstance(encoder, str):
+        encoder, name = OwnStates(bench), "dense passages, the model's own states"
+    elif isinstance(encoder, str):
+        name = f"dense passages, {encoder.rstrip('/').split('/')[-1]}"
         try:
             encoder = importlib.import_module("sentence_transformers").SentenceTransformer(encoder)
         except ImportError as error:
-            raise NotApplicable("sentence-transformers is not installed: pip install sentence-transformers") from error
+            raise NotApplicable(
+                "sentence-transformers is not installed: pip install 'peft-cartridges[baselines]'"
+            ) from error
+        except (OSError, ValueError) as error:
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise NotApplicable(f"the encoder {bench.encoder!r} could not be loaded: {reason}") from error
     passages = split_passages(bench.codec, bench.text)
     start = time.perf_counter()
     vectors = _unit(encoder.encode(passages))
@@ -79,7 +87,25 @@ def dense(bench: Bench) -> System:
         order: list[int] = np.argsort(-(vectors @ _unit(encoder.encode([question]))[0]), kind="stable").tolist()
         return order
 
-    return _retrieval(bench, "dense passages", passages, rank, time.perf_counter() - start)
+    return _retrieval(bench, name, passages, rank, time.perf_counter() - start)
+
+
+class OwnStates:
+    """Embeds texts by the mean of the base model's final hidden states (`SentenceTransformer`'s mean pooling). Nobody has
+    trained the model to embed, so it is a weak retriever, but one that needs nothing beside the model."""
+
+    def __init__(self, bench: Bench) -> None:
+        self._model, self._tokenizer = bench.model, get_tokenizer(bench.processing_class)
+
+    @torch.no_grad()
+    def encode(self, texts: Sequence[str]) -> np.ndarray:
+        """`[texts, hidden_size]`."""
+        with bare(self._model) as model, evaluating(model):
+            device = next(model.parameters()).device
+            rows = [torch.tensor([self._tokenizer(text)["input_ids"]], device=device) for text in texts]
+            means = [forward_hidden_states(model, input_ids=ids)[0].float().mean(0) for ids in rows]
+        vectors: np.ndarray = torch.stack(means).cpu().numpy()
+        return vectors
 
 
 def choose_passages(passages: Sequence[str], ranking: Sequence[int], fits: Callable[[str], bool]) -> str:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import time
 
 from ...kv_prefix import KVPrefix
+from ...model_cost import forward_flops
 from ..answers import generate_answers
-from ..cost import forward_flops
 from ..system import NotApplicable, System, bare, bare_system, prefix_system
 from .bench import Bench
 
