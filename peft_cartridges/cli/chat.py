@@ -154,6 +154,7 @@ class LocalEngine:
         from ..chat import with_cartridge_chat_template
         from ..hub import check_base_model, load_cartridge, load_facts
         from ..hub.pull import find_cartridge
+        from ..hub.push import served_bytes
         from ..serving.catalog import split_revision
 
         self.names: list[str] = []
@@ -178,7 +179,7 @@ class LocalEngine:
                 check_base_model(self._model, folder)
                 self._model.load_adapter(str(folder), name)
             config, prefix = read_cartridge(folder)
-            served = prefix.nbytes // prefix.dtype.itemsize * self._model.dtype.itemsize
+            served = served_bytes(prefix, self._model.dtype)
             self._sizes[name] = (config.num_tokens or 0, served)
             behind = load_facts(folder).recipe.get("default_system_prompt") is False
             self._tokenizers[name] = (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import math
 from pathlib import Path
 
 from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
@@ -43,7 +44,7 @@ def describe_cartridge(config: CartridgeConfig, facts: CardFacts, num_bytes: int
     kind = f" ({config.quantization})" if config.quantization else ""
     sizes = [
         num_bytes and f"{num_bytes / 1e6:,.2f} MB in its file{kind}",
-        facts.kv_bytes and f"{facts.kv_bytes / 1e6:,.2f} MB of keys and values when it is served",
+        facts.kv_bytes and f"{facts.kv_bytes / 1e6:,.2f} MB in memory when it is served",
     ]
     kinds = ", ".join(f"{name} {number:,}" for name, number in facts.seed_types.items())
     conversations = facts.num_conversations and f"{facts.num_conversations:,}" + (f" ({kinds})" if kinds else "")
@@ -51,6 +52,7 @@ def describe_cartridge(config: CartridgeConfig, facts: CardFacts, num_bytes: int
     found = [
         ("base model", facts.base_model or config.base_model_name_or_path),
         ("tokens", f"{config.num_tokens or 0:,}{trained}"),
+        ("states", _states(config)),
         ("size", ", ".join(str(size) for size in sizes if size)),
         ("corpus", ", ".join(str(part) for part in corpus if part)),
         ("conversations", conversations),
@@ -60,6 +62,13 @@ def describe_cartridge(config: CartridgeConfig, facts: CardFacts, num_bytes: int
         ("licence", facts.license),
     ]
     return [(label, str(value)) for label, value in found if value]
+
+
+def _states(config: CartridgeConfig) -> str:
+    held = [state for state in config.layer_states or () if state is not None]
+    numbers = sum(math.prod(shape) for state in held for shape in state.values())
+    how = "" if config.recurrent_state == "train" else ", not trained"
+    return f"of {len(held)} recurrent layers, {numbers:,} numbers{how}" if held else ""
 
 
 def _measured(value: float, note: str | None) -> str:

@@ -146,7 +146,7 @@ def _overview(facts: CardFacts) -> str:
         rows.append(("Length", f"{facts.num_tokens:,} tokens{frozen}{ratio}"))
     if facts.kv_bytes:
         whole = f"; the text in context: {size_text(facts.in_context_kv_bytes)}" if facts.in_context_kv_bytes else ""
-        rows.append(("Keys and values", size_text(facts.kv_bytes) + whole))
+        rows.append(("Memory", size_text(facts.kv_bytes) + whole))
     if facts.corpus_sha256:
         rows.append(("SHA-256 of the text", f"`{_code(facts.corpus_sha256)}`"))
     figure = _image("Memory, against the text in context", facts.memory_figure)
