@@ -279,14 +279,10 @@ class KVPrefix:
         return self.map(Tensor.detach)
 
     def map(self, function: Callable[[Tensor], Tensor]) -> KVPrefix:
-        """With `function` applied to every tensor."""
+        """With `function` applied to every tensor, in the order of `tensors`."""
+        keys, values = tuple(map(function, self.keys)), tuple(map(function, self.values))
         states = tuple({name: function(tensor) for name, tensor in state.items()} for state in self.states)
-        return KVPrefix(
-            tuple(map(function, self.keys)),
-            tuple(map(function, self.values)),
-            states,
-            -1 if self.keys else self.num_tokens,
-        )
+        return KVPrefix(keys, values, states, -1 if self.keys else self.num_tokens)
 
     # -- cut and join ------------------------------------------------------------------------------------------------
 
