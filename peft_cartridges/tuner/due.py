@@ -33,6 +33,9 @@ class Composition:
         config = self.joined.layers[layer].adapter_configs[self.joined.names[0]]
         return (LayerPrefix(key, value, config.attention, config.sliding_window),)
 
+    def state(self, layer: int, module: Any) -> None:
+        """A recurrent layer begins as it would without a cartridge."""
+
     def tokens(self, layer: int, module: Any, query: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values `[num_key_value_heads, num_tokens, dim]`."""
         key, value = self.joined.get(layer, module, query.dtype, expand=self.expands[layer])
@@ -69,6 +72,9 @@ class AdapterOfRows:
         if len(set(self._lengths.tolist())) == 1:
             self._lengths = None
         self._kept: dict[tuple[int, torch.dtype, torch.device], Any] = {}
+
+    def state(self, layer: int, module: Any) -> None:
+        """A recurrent layer begins as it would without a cartridge."""
 
     def parts(self, layer: int, module: Any, query: Tensor) -> Sequence[LayerPrefix]:
         where = (layer, query.dtype, query.device)
