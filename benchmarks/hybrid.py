@@ -6,7 +6,7 @@
 The models are transformers' own classes in a small size: a Gated-DeltaNet hybrid (Qwen3.5), a Mamba-2 hybrid (Bamba) and
 Mamba-2. They learn one thing, to look up in their context: a document is facts, a key and a value each, all of them drawn
 anew in every row; after `ASK` a key is followed by its value. Then each gets cartridges of documents that it never saw,
-more than twice as long as those that it was trained on. As in self-study a cartridge learns from questions about parts of
+twice as long as the longest of those that it was trained on. As in self-study a cartridge learns from questions about parts of
 the document, answered by the model with that part in context. What is measured is the negative log-likelihood of the
 values, each asked for by itself, as the share that is closed of the gap between no context and the right part in context.
 
@@ -37,9 +37,9 @@ from peft_cartridges.atomic_files import write_text
 from peft_cartridges.quiet import quiet_libraries
 
 BOS, ASK, FIRST = 1, 2, 8
-KEYS, VALUES = 48, 32
-LONGEST = 20  # facts of a document in training
-FACTS, PART = 40, 20  # of a document that becomes a cartridge, and of what its teacher has in context at a time
+KEYS, VALUES = 32, 16
+LONGEST = 16  # facts of a document in training
+FACTS, PART = 32, 16  # of a document that becomes a cartridge, and of what its teacher has in context at a time
 WIDTH = 64
 TOKENS = 8  # of keys and values beside the states
 FOLDER = Path(__file__).parent / "results" / "hybrid"
@@ -51,7 +51,8 @@ _COMMON = {
 _ATTENTION = {
     "intermediate_size": 2 * WIDTH, "num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 1024,
 }  # fmt: skip
-MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+# Name -> class, options of its configuration, rows of a batch and learning rate in training.
+MODELS: dict[str, tuple[str, dict[str, Any], int, float]] = {
     "Gated-DeltaNet hybrid (Qwen3.5)": (
         "Qwen3_5TextConfig",
         {
@@ -60,16 +61,23 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
             "layer_types": ["linear_attention"] * 3 + ["full_attention"],
             "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
         },
+        32,
+        3e-3,
     ),
     "Mamba-2 hybrid (Bamba)": (
         "BambaConfig",
         {
             **_ATTENTION, "attn_layer_indices": [2], "mamba_n_heads": 4, "mamba_d_head": WIDTH // 2,
-            "mamba_d_state": 32, "mamba_chunk_size": 32,
+            "mamba_d_state": 32, "mamba_chunk_size": 32, "initializer_range": 0.1,
         },
+        32,
+        4e-3,
     ),
     "Mamba-2": (
-        "Mamba2Config", {"num_heads": 4, "head_dim": WIDTH // 2, "state_size": 32, "n_groups": 1, "chunk_size": 32}
+        "Mamba2Config",
+        {"num_heads": 4, "head_dim": WIDTH // 2, "state_size": 64, "n_groups": 1, "chunk_size": 64},
+        64,
+        3e-3,
     ),
 }  # fmt: skip
 
@@ -123,8 +131,8 @@ def answers(model: Any, ids: Tensor, questions: int) -> Tensor:
 
 
 def trained_model(name: str, steps: int) -> Any:
-    """The model, trained, or as it was kept."""
-    class_name, options = MODELS[name]
+    """The model, trained until it knows documents of `LONGEST` facts or for `steps` steps; or as it was kept."""
+    class_name, options, batch_size, learning_rate = MODELS[name]
     folder = FOLDER / f"{class_name.removesuffix('Config').lower()}-{steps}"
     if (folder / "model.safetensors").is_file():
         return transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
@@ -133,30 +141,30 @@ def trained_model(name: str, steps: int) -> Any:
     config = getattr(transformers, class_name)(**_COMMON, **options)
     model = transformers.AutoModelForCausalLM.from_config(config)
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.01)
-    longest, mean, start = 3, 3.0, time.perf_counter()
+    longest, mean, start = LONGEST // 2, math.log(VALUES), time.perf_counter()
     for step in range(steps):
         number = int(torch.randint(2, longest + 1, (1,), generator=generator))
-        facts = Facts.draw(32, number, generator)
+        facts = Facts.draw(batch_size, number, generator)
         questions = min(number, 10)
-        front = document(facts)[:, : None if step % 10 else 1]  # in a tenth of the rows nothing has been read
-        rows = facts.chosen(questions, 32, generator)
+        front = document(facts)[:, : None if step % 20 else 1]  # at times nothing has been read
+        rows = facts.chosen(questions, batch_size, generator)
         logits = answers(model, torch.cat([front, asked(rows)], 1), questions)
         loss = functional.cross_entropy(logits.flatten(0, 1), rows.values.flatten())
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        rate = 4e-3 * min(1.0, (step + 1) / 50) * (0.55 + 0.45 * math.cos(math.pi * step / steps))
-        optimizer.param_groups[0]["lr"] = rate
+        warm_up, decay = min(1.0, (step + 1) / 50), 0.55 + 0.45 * math.cos(math.pi * step / steps)
+        optimizer.param_groups[0]["lr"] = learning_rate * warm_up * decay
         optimizer.step()
-        if step % 10:  # longer documents as soon as these are known
-            mean = 0.9 * mean + 0.1 * loss.item()
+        if step % 20:  # longer documents as soon as these are known
+            mean = 0.95 * mean + 0.05 * loss.item()
             if mean < 0.6 and longest < LONGEST:
-                longest, mean = longest + 1, mean + 0.1
+                longest, mean = longest + 1, mean + 0.05
         if step % 100 == 99:
-            print(
-                f"{name}: step {step + 1}, {longest} facts, loss {mean:.3f}, {time.perf_counter() - start:.0f} s",
-                flush=True,
-            )
+            seconds = time.perf_counter() - start
+            print(f"{name}: step {step + 1}, {longest} facts, loss {mean:.3f}, {seconds:.0f} s", flush=True)
+        if longest == LONGEST and mean < 0.02:
+            break
     model.save_pretrained(folder)
     return model.eval()
 
@@ -336,8 +344,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--join", action="store_true", help="measure how two cartridges are joined")
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
+    parser.add_argument("--only-train", action="store_true", help="stop when the models are trained")
     parser.add_argument("--documents", type=int, default=3)
-    parser.add_argument("--model-steps", type=int, default=1500)
+    parser.add_argument("--model-steps", type=int, default=2000, help="of training a model, at most")
     parser.add_argument("--steps", type=int, default=150, help="of training a cartridge")
     parser.add_argument("--learning-rate", type=float, default=0.02)
     parser.add_argument("--threads", type=int, default=1)
@@ -350,6 +359,8 @@ def main() -> None:
     records = []
     for name in args.models:
         model = trained_model(name, args.model_steps).requires_grad_(False)
+        if args.only_train:
+            continue
         for seed in range(args.documents):
             settings = f"{measure.__name__}-{name}-{args.model_steps}-{args.steps}-{args.learning_rate}-{seed}"
             kept = FOLDER / f"{settings.replace(' ', '_')}.json"
@@ -358,6 +369,8 @@ def main() -> None:
                 write_text(kept, json.dumps(of_document))
             records += [{"model": name, "document": seed, **record} for record in json.loads(kept.read_text())]
         print_share(name, [record for record in records if record["model"] == name])
+    if args.only_train:
+        return
     harness.save(args, "hybrid-join" if args.join else "hybrid", records)
 
 

@@ -112,7 +112,7 @@ class SharedPrefix:
         )
 
     def parts(self, layer: int, module: nn.Module, query: Tensor) -> Sequence[LayerPrefix]:
-        if not self._parts:
+        if not self._parts or not self.num_tokens:
             return ()
         part = self._parts[layer]
         key, value = (tensor.to(query.device, query.dtype) for tensor in (part.key, part.value))

@@ -504,7 +504,7 @@ def _left_out(
 ) -> str | None:
     """Why some layers cannot hold a prefix."""
     types = getattr(config, "layer_types", None) or []
-    hint = " `CartridgeConfig(skip_unsupported_layers=True)` leaves them out." if layers else ""
+    hint = ' `CartridgeConfig(recurrent_state="skip")` leaves them out.' if layers else ""
     if reasons:
         return f"{type(model).__name__}: {next(iter(reasons.values()))}.{hint}"
     found = {layer.layer_idx for layer in [*layers, *recurrent]}

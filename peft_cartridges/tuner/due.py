@@ -29,12 +29,11 @@ class Composition:
         self.num_tokens = joined.num_tokens()
 
     def parts(self, layer: int, module: Any, query: Tensor) -> Sequence[LayerPrefix]:
+        if not self.num_tokens:
+            return ()
         key, value = self.tokens(layer, module, query)
         config = self.joined.layers[layer].adapter_configs[self.joined.names[0]]
         return (LayerPrefix(key, value, config.attention, config.sliding_window),)
-
-    def state(self, layer: int, module: Any) -> None:
-        """A recurrent layer begins as it would without a cartridge."""
 
     def tokens(self, layer: int, module: Any, query: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values `[num_key_value_heads, num_tokens, dim]`."""
@@ -73,10 +72,9 @@ class AdapterOfRows:
             self._lengths = None
         self._kept: dict[tuple[int, torch.dtype, torch.device], Any] = {}
 
-    def state(self, layer: int, module: Any) -> None:
-        """A recurrent layer begins as it would without a cartridge."""
-
     def parts(self, layer: int, module: Any, query: Tensor) -> Sequence[LayerPrefix]:
+        if not any(composition.num_tokens for composition in self.compositions):
+            return ()
         where = (layer, query.dtype, query.device)
         parameters, version, *tokens = self._kept.get(where, ((), -1))
         if version != sum(parameter._version for parameter in parameters):
