@@ -28,12 +28,14 @@ from typing import Any
 import torch
 import transformers
 from peft import PeftModel, get_peft_model
+from safetensors import safe_open
+from safetensors.torch import save
 from torch import Tensor
 from torch.nn import functional
 
 from benchmarks import harness
 from peft_cartridges import CartridgeConfig, KVPrefix, initialize_cartridge, shared_prefix
-from peft_cartridges.atomic_files import write_text
+from peft_cartridges.atomic_files import write_bytes, write_text
 from peft_cartridges.quiet import quiet_libraries
 
 BOS, ASK, FIRST = 1, 2, 8
@@ -68,14 +70,14 @@ MODELS: dict[str, tuple[str, dict[str, Any], int, float]] = {
         "BambaConfig",
         {
             **_ATTENTION, "attn_layer_indices": [2], "mamba_n_heads": 4, "mamba_d_head": WIDTH // 2,
-            "mamba_d_state": 32, "mamba_chunk_size": 32, "initializer_range": 0.1,
+            "mamba_d_state": 32, "mamba_chunk_size": 16, "initializer_range": 0.1,
         },
         32,
         4e-3,
     ),
     "Mamba-2": (
         "Mamba2Config",
-        {"num_heads": 4, "head_dim": WIDTH // 2, "state_size": 64, "n_groups": 1, "chunk_size": 64},
+        {"num_heads": 4, "head_dim": WIDTH // 2, "state_size": 64, "n_groups": 1, "chunk_size": 16},
         64,
         3e-3,
     ),
@@ -137,12 +139,12 @@ def trained_model(name: str, steps: int) -> Any:
     if (folder / "model.safetensors").is_file():
         return transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
     torch.manual_seed(0)
-    generator = torch.Generator().manual_seed(0)
     config = getattr(transformers, class_name)(**_COMMON, **options)
     model = transformers.AutoModelForCausalLM.from_config(config)
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.01)
-    longest, mean, start = LONGEST // 2, math.log(VALUES), time.perf_counter()
-    for step in range(steps):
+    begin, longest, mean = _continue(folder, model, optimizer) or (0, LONGEST // 2, math.log(VALUES))
+    for step in range(begin, steps):
+        generator = torch.Generator().manual_seed(step)
         number = int(torch.randint(2, longest + 1, (1,), generator=generator))
         facts = Facts.draw(batch_size, number, generator)
         questions = min(number, 10)
@@ -160,13 +162,37 @@ def trained_model(name: str, steps: int) -> Any:
             mean = 0.95 * mean + 0.05 * loss.item()
             if mean < 0.6 and longest < LONGEST:
                 longest, mean = longest + 1, mean + 0.05
-        if step % 100 == 99:
-            seconds = time.perf_counter() - start
-            print(f"{name}: step {step + 1}, {longest} facts, loss {mean:.3f}, {seconds:.0f} s", flush=True)
+        if step % 50 == 49:
+            print(f"{name}: step {step + 1}, {longest} facts, loss {mean:.3f}", flush=True)
+            _keep(folder, model, optimizer, (step + 1, longest, mean))
         if longest == LONGEST and mean < 0.02:
             break
     model.save_pretrained(folder)
     return model.eval()
+
+
+def _keep(folder: Path, model: Any, optimizer: torch.optim.Optimizer, progress: tuple[int, int, float]) -> None:
+    tensors = {f"model.{name}": parameter.detach() for name, parameter in model.named_parameters()}
+    for number, state in optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer.{number}.{name}": tensor for name, tensor in state.items()}
+    write_bytes(folder / "unfinished.safetensors", save(tensors, {"progress": json.dumps(progress)}))
+
+
+def _continue(folder: Path, model: Any, optimizer: torch.optim.Optimizer) -> tuple[int, int, float] | None:
+    """Where training was stopped: the step, the longest document, the mean loss."""
+    if not (folder / "unfinished.safetensors").is_file():
+        return None
+    state: dict[int, dict[str, Tensor]] = {}
+    with safe_open(folder / "unfinished.safetensors", framework="pt") as file, torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(file.get_tensor(f"model.{name}"))
+        for name in file.keys():  # noqa: SIM118
+            if name.startswith("optimizer."):
+                _, number, part = name.split(".")
+                state.setdefault(int(number), {})[part] = file.get_tensor(name)
+        optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+        step, longest, mean = json.loads(file.metadata()["progress"])
+    return step, longest, mean
 
 
 # -- cartridges --------------------------------------------------------------------------------------------------------
@@ -256,7 +282,7 @@ def bounds(model: Any, facts: Facts, parts: list[tuple[Facts, KVPrefix]]) -> dic
     return {**found, "right part in context": statistics.mean(known)}
 
 
-def measure_systems(model: Any, seed: int, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+def measure_systems(model: Any, seed: int, args: argparse.Namespace, known: set[str]) -> Iterator[dict[str, Any]]:
     """Of one document: every system's likelihood of its values, and bytes."""
     facts = Facts.draw(1, FACTS, torch.Generator().manual_seed(1000 + seed))
     parts = split(model, facts)
@@ -264,7 +290,7 @@ def measure_systems(model: Any, seed: int, args: argparse.Namespace) -> Iterator
         yield {"system": name, "nll": value}
     has_attention = bool(parts[0][1].keys)
     for name, system in SYSTEMS.items():
-        if system.tokens != 0 and not has_attention:
+        if name in known or (system.tokens != 0 and not has_attention):
             continue
         peft_model = make_cartridge(model, system, facts)
         num_bytes = peft_model.base_model.get_kv_prefix().nbytes
@@ -278,6 +304,7 @@ def measure_systems(model: Any, seed: int, args: argparse.Namespace) -> Iterator
 
 # -- joining -----------------------------------------------------------------------------------------------------------
 
+_JOINT = "that of both texts, read one after the other"
 JOINS = {
     "the first one's": lambda first, second: first,
     "the last one's": lambda first, second: second,
@@ -286,7 +313,7 @@ JOINS = {
 }
 
 
-def measure_joins(model: Any, seed: int, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+def measure_joins(model: Any, seed: int, args: argparse.Namespace, known: set[str]) -> Iterator[dict[str, Any]]:
     """Of two documents with keys of their own, half as long: cartridges of each, joined in several ways. Keys and values
     are concatenated; the likelihood is the mean of both documents'."""
     generator = torch.Generator().manual_seed(2000 + seed)
@@ -300,6 +327,9 @@ def measure_joins(model: Any, seed: int, args: argparse.Namespace) -> Iterator[d
     with_keys = bool(parts[0][1].keys)
     system = SYSTEMS["states, keys and values, trained" if with_keys else "states, trained"]
     for trained in (False, True):
+        how = "trained" if trained else "of the texts"
+        if f"{how}: {_JOINT}" in known:
+            continue
         prefixes = []
         for facts, part in zip(documents, parts, strict=True):
             peft_model = make_cartridge(model, system, facts)
@@ -316,8 +346,7 @@ def measure_joins(model: Any, seed: int, args: argparse.Namespace) -> Iterator[d
             for recurrent in JOINS
         }
         states["no state"] = tuple({n: torch.zeros_like(t) for n, t in state.items()} for state in prefixes[0].states)
-        states["that of both texts, read one after the other"] = joint
-        how = "trained" if trained else "of the texts"
+        states[_JOINT] = joint
         yield {"system": f"{how}: each one's own", "nll": _own(model, prefixes, documents)}
         if with_keys:
             keys_and_values = KVPrefix.concatenate([prefix.without_states() for prefix in prefixes])
@@ -364,10 +393,13 @@ def main() -> None:
         for seed in range(args.documents):
             settings = f"{measure.__name__}-{name}-{args.model_steps}-{args.steps}-{args.learning_rate}-{seed}"
             kept = FOLDER / f"{settings.replace(' ', '_')}.json"
-            if not kept.is_file():
-                of_document = list(measure(model, seed, args))
-                write_text(kept, json.dumps(of_document))
-            records += [{"model": name, "document": seed, **record} for record in json.loads(kept.read_text())]
+            found: list[dict[str, Any]] = json.loads(kept.read_text()) if kept.is_file() else []
+            known = {record["system"] for record in found}
+            for record in measure(model, seed, args, known):
+                if record["system"] not in known:
+                    found.append(record)
+                    write_text(kept, json.dumps(found))
+            records += [{"model": name, "document": seed, **record} for record in found]
         print_share(name, [record for record in records if record["model"] == name])
     if args.only_train:
         return
