@@ -340,7 +340,7 @@ class KVPrefix:
             )
             for part in ("keys", "values")
         ]
-        return KVPrefix(*joined)
+        return KVPrefix(joined[0], joined[1])
 
 
 def _is_recurrent(layer: Any) -> bool:

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..kv_prefix import KVPrefix
-from ..recurrent import RecurrentLayer
+from ..recurrent import CacheMemory, RecurrentLayer
 from .callers import frames, generator_that_opens, thread_and_task
 from .delivery import OPEN, prefix_host
 from .interface import AttentionPath, LayerPrefix, WindowReading, expand_tokens
@@ -34,6 +34,12 @@ class SharedPrefix:
         self.host = prefix_host(model, skip_unsupported=isinstance(prefix, int))
         self.num_tokens = prefix if isinstance(prefix, int) else prefix.num_tokens
         self._parts: list[LayerPrefix] = []
+        if self.unverified is not None and any(
+            not isinstance(layer.memory, CacheMemory) for layer in self.host.recurrent
+        ):
+            raise ValueError(
+                f"`verify=True` compares with the prefix in transformers' cache, which {type(self.host.decoder).__name__} has not."
+            )
         self._states: list[Mapping[str, Tensor]] = []
         self._holds_nothing = isinstance(prefix, int)
         if isinstance(prefix, KVPrefix):

@@ -25,13 +25,13 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import Checkpoi
 from transformers import Cache
 
 from ..kv_prefix import KVPrefix
-from ..recurrent import RecurrentLayer, go_on, goes_on, run_from_state
+from ..recurrent import RecurrentLayer, go_on, goes_on, is_first, run_from_state
 from ..recurrent.rows import RowPlan, plan_rows
+from .config_view import ConfigView
 from .interface import SHARED_PREFIX, LayerPrefix
 from .positions import positions_behind
 from .probe import (
     AttentionLayer,
-    ConfigView,
     base_model,
     cache_parameter,
     find_attention_layers,
@@ -92,6 +92,8 @@ class _Forward:
         self.positions = positions
         self.taken: set[int] = set()
         self.begun: set[int] = set()  # recurrent layers
+        self.is_first = True  # of its sequence, as far as the model's arguments say
+        self.mask: Any = None
         self.plans: dict[int, tuple[Tensor | None, RowPlan | None]] = {}
         self.compiled = False  # layers that run compiled do not tell that they took it
         self.before: _Forward | None = None
@@ -251,9 +253,11 @@ class PrefixHost:
     def begin(self, index: int, forward: Callable[..., Any], arguments: dict[str, Any]) -> Any:
         """Runs a recurrent module from the state that is due to it."""
         layer, running = self.recurrent[index], self.current_forward()
+        # A model may read a long text in pieces within one forward. A layer that is computed again is not that.
+        again = index in running.begun and not torch.is_grad_enabled()
         if not torch.compiler.is_compiling():
             running.begun.add(index)
-        if goes_on(layer, arguments):
+        if goes_on(layer, arguments, running.is_first and not again):
             return go_on(layer, forward, arguments, lambda: self._plan(layer, running, arguments))
         states = [state for due in running.due if (state := due.state(index, layer.module)) is not None]
         if not states:
@@ -269,6 +273,8 @@ class PrefixHost:
         """The texts in the rows: the same for all layers of a forward that are told of the same padding."""
         batch_size, q_len = arguments[layer.parameters[0]].shape[:2]
         mask = next((value for name, value in arguments.items() if "mask" in name and isinstance(value, Tensor)), None)
+        if not any("mask" in name for name in layer.parameters):  # told of no padding
+            mask = running.mask
         if id(mask) not in running.plans:
             plan = plan_rows(mask, batch_size, q_len, running.positions, arguments.get("cu_seq_lens_q"))
             running.plans[id(mask)] = (mask, plan)  # with the mask, so that its id stays its own
@@ -304,6 +310,8 @@ class PrefixHost:
         if "position_ids" in self.parameters:
             positions = positions_behind(inputs, tokens, _total([prefix.num_tokens for prefix in due]))
         forward = _Forward(self, due, positions)
+        forward.mask = inputs.get("attention_mask")
+        forward.is_first = is_first(inputs.get(self.cache_parameter))
         forward.unverified = (
             None
             if torch.compiler.is_compiling()
@@ -349,7 +357,8 @@ class PrefixHost:
             held = OPEN.set(tuple(context for context in OPEN.get() if context is not forward.unverified.context))
             self.open.remove(forward.unverified.context)
             try:
-                verify_rows(self.decoder, prefix, forward.unverified, output.last_hidden_state)
+                by_token = any(getattr(layer.memory, "aid", None) for layer in self.recurrent)
+                verify_rows(self.decoder, prefix, forward.unverified, output.last_hidden_state, by_token=by_token)
             finally:
                 self.open.append(forward.unverified.context)
                 OPEN.reset(held)
@@ -419,7 +428,7 @@ class _Beginning:
         if getattr(self.forward, "__func__", None) is type(module).forward:
             del module.__dict__["forward"]
         else:
-            module.forward = self.forward  # type: ignore[method-assign]
+            module.forward = self.forward
 
 
 class _Carrying:
@@ -467,9 +476,9 @@ def prefix_host(model: nn.Module, *, skip_unsupported: bool = False) -> PrefixHo
     model = base_model(model)
     layers = find_attention_layers(model, skip_unsupported=skip_unsupported)
     recurrent = find_recurrent_layers(model, skip_unsupported=skip_unsupported)
-    modules = [layer.module for layer in (*layers, *recurrent)]
+    modules = [*(layer.module for layer in layers), *(layer.module for layer in recurrent)]
     host: PrefixHost | None = get_decoder(model).__dict__.get(_HOST)
-    if host is not None and [layer.module for layer in (*host.layers, *host.recurrent)] != modules:
+    if host is not None and [*(x.module for x in host.layers), *(x.module for x in host.recurrent)] != modules:
         host.remove()  # the model's layers were exchanged
         host = None
     return PrefixHost(model, layers, recurrent) if host is None else host

@@ -7,10 +7,9 @@ token (masks that are made from the values, scores with a bias of their own) sho
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,6 +23,9 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, Li
 from ..kv_prefix import evaluating
 from ..recurrent import RecurrentLayer
 from ..recurrent.finding import RecordedCalls, find_recurrent_layer
+from ..recurrent.own_memory import find_layers_with_own_memory, find_own_memory
+from .config_view import ConfigView
+from .trial_run import experts_without_weights, inference_untold
 
 _PROBE = "kv_prefix_probe"
 _FOUND = "_kv_prefix_layers"
@@ -81,32 +83,6 @@ class ProbedModel:
     layers: tuple[AttentionLayer, ...]
     recurrent: tuple[RecurrentLayer, ...] = ()
     left_out: str | None = None
-
-
-class ConfigView:
-    """A configuration as an attention module sees it: the model's own, read and written through, but for the name of
-    the attention function, which `implementation` gives."""
-
-    def __init__(self, config: Any, implementation: Callable[[], str | None]) -> None:
-        object.__setattr__(self, "_kv_prefix_view", (config, implementation))
-
-    @property
-    def _attn_implementation(self) -> str | None:
-        config, implementation = self._kv_prefix_view
-        return implementation() or config._attn_implementation
-
-    def __getattr__(self, name: str) -> Any:
-        if name == "_kv_prefix_view":  # while a copy is being made
-            raise AttributeError(name)
-        return getattr(self._kv_prefix_view[0], name)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        setattr(self._kv_prefix_view[0], name, value)
-
-
-def model_config(config: Any) -> Any:
-    """The model's own configuration behind a `ConfigView`, or `config` itself."""
-    return config._kv_prefix_view[0] if isinstance(config, ConfigView) else config
 
 
 def base_model(model: Any) -> Any:
@@ -177,7 +153,9 @@ def get_decoder(model: nn.Module) -> Any:
 def cache_parameter(model: nn.Module) -> str:
     """What a model's or decoder's forward calls the cache."""
     parameters = inspect.signature(model.forward).parameters
-    return "cache_params" if "cache_params" in parameters else "past_key_values"
+    return next(
+        (name for name in ("past_key_values", "cache_params", "state") if name in parameters), "past_key_values"
+    )
 
 
 def find_decoder(model: nn.Module, layers: Iterable[AttentionLayer | RecurrentLayer]) -> tuple[str, nn.Module]:
@@ -309,6 +287,9 @@ AttentionInterface.register(_PROBE, _record_call)
 def _probe(model: Any) -> ProbedModel:
     config = get_text_config(model)
     _refuse_other_models(model, config)
+    if find_own_memory(model) is not None:
+        own = find_layers_with_own_memory(model, _one_token(model, config))
+        return ProbedModel(find_decoder(model, own)[1], (), tuple(own))
     record, cache = _run(model, config)
     names = {module: name for name, module in model.named_modules()}
     calls = [call for call in record.calls if call.module in names]
@@ -394,23 +375,17 @@ def _run(model: Any, config: Any) -> tuple[_Record, DynamicCache]:
         if not isinstance(module, PreTrainedModel) and hasattr(module.__dict__.get("config"), "_attn_implementation")
     ]
     cache = _RecordingCache(config=config)
-    special = {value for name, value in vars(model.config).items() if name.endswith(("_token_id", "_token_index"))}
-    token = next(token for token in range(7, 10**6) if token not in special)
     configs = [module.config for module in viewed]
-    embeddings = model.get_input_embeddings()
-    on_meta = next(embeddings.parameters()).is_meta and not hasattr(embeddings, "_hf_hook")
+    token = _one_token(model, config)
+    on_meta = token.is_meta
     held = _RECORD.set(record)
     try:
         for module, own in zip(viewed, configs, strict=True):
             module.config = ConfigView(own, lambda: _PROBE if _RECORD.get() is not None else None)
         recorded = record.recurrent.of(model, cache)
-        with evaluating(model), _experts_without_weights(model, on_meta), _inference_untold(model), recorded:
+        with evaluating(model), experts_without_weights(model, on_meta), inference_untold(model), recorded:
             model(
-                input_ids=torch.full(
-                    (1, 1),
-                    min(token, config.vocab_size - 1),
-                    device="meta" if on_meta else execution_device(embeddings),
-                ),
+                input_ids=token,
                 use_cache=True,
                 **{cache_parameter(model): cache},
             )
@@ -426,38 +401,14 @@ def _run(model: Any, config: Any) -> tuple[_Record, DynamicCache]:
     return record, cache
 
 
-@contextlib.contextmanager
-def _experts_without_weights(model: Any, on_meta: bool) -> Iterator[None]:
-    """Where weights are on `meta`, experts are computed in a way that asks for no values and takes any dtype."""
-    configs = {id(m.config): m.config for m in model.modules() if isinstance(m, PreTrainedModel)}.values()
-    changed = [c for c in configs if on_meta and getattr(c, "_experts_implementation_internal", None)]
-    held = [config._experts_implementation_internal for config in changed]
-    for config in changed:
-        config._experts_implementation_internal = "batched_mm"
-    try:
-        yield
-    finally:
-        for config, implementation in zip(changed, held, strict=True):
-            config._experts_implementation_internal = implementation
-
-
-@contextlib.contextmanager
-def _inference_untold(model: Any) -> Iterator[None]:
-    """bitsandbytes packs 4-bit weights when it sees inference on a CPU, and does not train them after."""
-    if getattr(model, "hf_quantizer", None) is None or torch.is_inference_mode_enabled():
-        with torch.no_grad():
-            yield
-        return
-
-    def needs_gradient(module: nn.Module, args: Any, output: Tensor) -> Tensor:
-        return output.detach().requires_grad_() * 1
-
-    hook = model.get_input_embeddings().register_forward_hook(needs_gradient)
-    try:
-        with torch.enable_grad():
-            yield
-    finally:
-        hook.remove()
+def _one_token(model: Any, config: Any) -> Tensor:
+    """An ordinary token `[1, 1]`, where the model takes it."""
+    special = {value for name, value in vars(model.config).items() if name.endswith(("_token_id", "_token_index"))}
+    token = next(token for token in range(7, 10**6) if token not in special)
+    embeddings = model.get_input_embeddings()
+    on_meta = next(embeddings.parameters()).is_meta and not hasattr(embeddings, "_hf_hook")
+    device = "meta" if on_meta else execution_device(embeddings)
+    return torch.full((1, 1), min(token, config.vocab_size - 1), device=device)
 
 
 def _same(one: Tensor, other: Tensor) -> bool:
@@ -507,7 +458,7 @@ def _left_out(
     hint = ' `CartridgeConfig(recurrent_state="skip")` leaves them out.' if layers else ""
     if reasons:
         return f"{type(model).__name__}: {next(iter(reasons.values()))}.{hint}"
-    found = {layer.layer_idx for layer in [*layers, *recurrent]}
+    found = {layer.layer_idx for layer in layers} | {layer.layer_idx for layer in recurrent}
     num_readers = sum(len(layer.readers) for layer in layers)
     # By name: transformers has them since 5.23.
     dummies = {index for index, layer in enumerate(cache.layers) if type(layer).__name__ == "DummyLayer"}

@@ -13,6 +13,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from ..kv_prefix import KVPrefix, evaluating
+from ..recurrent.own_memory import OwnMemory, find_own_memory
 from .contexts import positions_from
 from .delivery import prefix_is_due
 from .probe import (
@@ -47,7 +48,7 @@ def read_prefix(
         UnsupportedModelError: the model has no layer that a text leaves something in.
     """
     recurrent = find_recurrent_layers(model, skip_unsupported=True)
-    layers = [*find_attention_layers(model, skip_unsupported=True), *recurrent]
+    attending = find_attention_layers(model, skip_unsupported=True)
     ids = torch.as_tensor(input_ids, device=execution_device(base_model(model).get_input_embeddings())).reshape(1, -1)
     if ids.shape[1] == 0:
         raise ValueError("`input_ids` is empty: a prefix needs at least one token.")
@@ -56,18 +57,33 @@ def read_prefix(
             "`model` has an active cartridge or is inside `shared_prefix`, behind which the text would be read. Read it "
             "with the cartridge off (`with model.disable_adapter():`), or outside of the context."
         )
+    if (own := find_own_memory(base_model(model))) is not None:
+        return _read_own_memory(model, ids.split(prefill_chunk_size, dim=1), own[0], len(recurrent))
     cache = _cache_that_keeps_all(model)
     keep_one_logit = (
         {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(base_model(model).forward).parameters else {}
     )
-    in_pieces = _reads_in_pieces(model) and not any(layer.aid for layer in recurrent)
+    in_pieces = _reads_in_pieces(model) and not any(getattr(layer.memory, "aid", None) for layer in recurrent)
     pieces = ids.split(prefill_chunk_size, dim=1) if in_pieces else (ids,)
     moved = positions_from(model, position) if position else contextlib.nullcontext()
     with evaluating(model), moved:
         for piece in pieces:
             model(input_ids=piece, use_cache=True, **{cache_parameter(base_model(model)): cache}, **keep_one_logit)
-    cache.layers = [cache.layers[index] for index in sorted({layer.layer_idx for layer in layers})]
+    indices = {layer.layer_idx for layer in attending} | {layer.layer_idx for layer in recurrent}
+    indices = {layer.layer_idx for layer in attending} | {layer.layer_idx for layer in recurrent}
+    cache.layers = [cache.layers[index] for index in sorted(indices)]
     return KVPrefix.from_cache(cache, num_tokens=ids.shape[1])
+
+
+def _read_own_memory(model: Any, pieces: Sequence[Tensor], memory: OwnMemory, num_layers: int) -> KVPrefix:
+    """Of a model with a memory of its own, where a position is nothing that it knows of."""
+    output: Any = {}
+    with evaluating(model):
+        for piece in pieces:
+            seen = {memory.parameter: output[memory.parameter]} if output else {}
+            output = model(input_ids=piece, use_cache=True, **seen)
+    states = [{name: t[0].clone() for name, t in state.items()} for state in memory.of_output(output, num_layers)]
+    return KVPrefix(states=tuple(states), num_tokens=sum(piece.shape[1] for piece in pieces))
 
 
 def _cache_that_keeps_all(model: Any) -> DynamicCache:

@@ -66,16 +66,18 @@ def _goes_on(cache: Any) -> bool:
 
 
 @torch.no_grad()
-def verify_rows(decoder: Any, prefix: KVPrefix, forward: Unverified, found: Tensor) -> None:
-    """Compares final hidden states `found` `[batch, q_len, hidden_size]`; no prefix is due meanwhile.
+def verify_rows(decoder: Any, prefix: KVPrefix, forward: Unverified, found: Tensor, *, by_token: bool = False) -> None:
+    """Compares final hidden states `found` `[batch, q_len, hidden_size]`; no prefix is due meanwhile. `by_token`, of a model
+    that goes on from its cache one token at a time only.
 
     Raises:
         UnsupportedModelError: they differ.
     """
     for tokens, real, states in zip(forward.tokens, forward.real, found, strict=True):
-        row = {"input_ids" if tokens.ndim == 1 else "inputs_embeds": tokens[real][None]}
-        cache = prefix.to_cache(1, config=get_text_config(decoder))
-        expected = decoder(**row, **{cache_parameter(decoder): cache}, use_cache=True).last_hidden_state[0]
+        name = "input_ids" if tokens.ndim == 1 else "inputs_embeds"
+        given = {cache_parameter(decoder): prefix.to_cache(1, config=get_text_config(decoder)), "use_cache": True}
+        pieces = tokens[real].split(1) if by_token else (tokens[real],)
+        expected = torch.cat([decoder(**{name: piece[None]}, **given).last_hidden_state[0] for piece in pieces])
         difference = ((states[real] - expected).float().norm() / expected.float().norm()).item()
         if not difference < _TOLERANCE.get(found.dtype, _HALF_TOLERANCE):
             raise UnsupportedModelError(

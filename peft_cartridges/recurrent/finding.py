@@ -19,9 +19,9 @@ from torch.utils._pytree import tree_map
 from transformers.cache_utils import Cache
 
 from ..kv_prefix import evaluating
+from .cache_memory import CacheMemory
 from .layers import RecurrentLayer, StateShape, cached_states
 from .selective_scan import prepare_selective_scan, scanning_from
-from .starting import StartingLayer, starting_cache
 
 _TRIED_TOKENS = 3
 
@@ -102,11 +102,12 @@ def find_recurrent_layer(
         return f"layer {layer_idx} keeps its state by several modules ({inside}), which cannot begin from it one by one"
     call = calls[0]
     states = {name: StateShape(tuple(t.shape[1:]), t.dtype) for name, t in cached_states(kept).items()}
-    layer = RecurrentLayer(names[call.module], call.module, layer_idx, states, call.parameters, call.cache_parameter)
+    memory = CacheMemory(call.cache_parameter)
+    layer = RecurrentLayer(names[call.module], call.module, layer_idx, states, call.parameters, memory)
     ignored = _ignored_states(layer, call)
     for prepare, aid in _AIDS if ignored else ():
         if prepare(layer.module):
-            layer = dataclasses.replace(layer, aid=aid)
+            layer = dataclasses.replace(layer, memory=dataclasses.replace(memory, aid=aid))
             ignored = _ignored_states(layer, call)
             break
     if ignored:
@@ -139,10 +140,7 @@ def _ignored_states(layer: RecurrentLayer, call: RecordedCall) -> list[str]:
     begin = {name: draw(state.shape, state.dtype) for name, state in layer.states.items()}
 
     def output(states: Mapping[str, Tensor]) -> list[Tensor]:
-        starting = StartingLayer(states)
-        cache = starting_cache(layer.layer_idx, starting)
-        with layer.beginning_from(states):
-            given = layer.module.forward(**{**arguments, layer.cache_parameter: cache})
+        given, _ = layer.memory.run(layer, layer.module.forward, arguments, dict(states), None)
         parts = given if isinstance(given, tuple) else (given,)
         return [part for part in parts if isinstance(part, Tensor)]
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -25,6 +24,35 @@ class StateShape:
     dtype: torch.dtype
 
 
+class Memory(Protocol):
+    """How modules of one kind keep their states from one forward to the next."""
+
+    def own(self, layer: RecurrentLayer, arguments: Mapping[str, Any]) -> Any:
+        """What the module is called with that keeps the sequence's states; `None` where nothing does."""
+
+    def goes_on(self, layer: RecurrentLayer, arguments: Mapping[str, Any], is_first: bool) -> bool:
+        """Whether a call goes on with a sequence; `is_first` says whether the model's call looked like a first."""
+
+    def states_to_go_on_from(self, own: Any, q_len: int) -> Mapping[str, Tensor] | None:
+        """The sequence's states, if the module has to be told them to go on; `None` where it reads them itself."""
+
+    def run(
+        self,
+        layer: RecurrentLayer,
+        forward: Callable[..., Any],
+        arguments: dict[str, Any],
+        begin: dict[str, Tensor],
+        own: Any,
+    ) -> tuple[Any, dict[str, Tensor]]:
+        """The module's output from the states `begin`, and those that it leaves, `[batch, *shape]` each."""
+
+    def keep(self, layer: RecurrentLayer, own: Any, states: Mapping[str, Tensor]) -> None:
+        """Puts states into what keeps those of the sequence."""
+
+    def output(self, output: Any, own: Any, states: Mapping[str, Tensor]) -> Any:
+        """The module's output as its caller wants it."""
+
+
 @dataclass(frozen=True)
 class RecurrentLayer:
     """A module that can begin from the state of a prefix.
@@ -36,9 +64,7 @@ class RecurrentLayer:
         states: What it keeps, by name (`conv`, `recurrent`; `conv_1`, … where there are several).
         parameters: The names of its forward's parameters, the first of which are the hidden states
             `[batch, q_len, hidden_size]`.
-        cache_parameter: The one that the cache is given by.
-        aid: What has the module begin from states that it does not read from the cache itself, for as long as it runs;
-            `None` where it reads all.
+        memory: How it keeps them.
     """
 
     name: str
@@ -46,12 +72,7 @@ class RecurrentLayer:
     layer_idx: int
     states: Mapping[str, StateShape]
     parameters: tuple[str, ...]
-    cache_parameter: str
-    aid: Callable[[Mapping[str, Tensor]], contextlib.AbstractContextManager[None]] | None = None
-
-    def beginning_from(self, states: Mapping[str, Tensor]) -> contextlib.AbstractContextManager[None]:
-        """In which the module runs from `states`, `[batch, *shape]` each, that its cache holds."""
-        return contextlib.nullcontext() if self.aid is None else self.aid(states)
+    memory: Memory
 
     def arguments(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """A call's arguments by name."""
