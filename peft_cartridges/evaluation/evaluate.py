@@ -145,7 +145,12 @@ def evaluate_systems(
     measuring = Measuring(material, args, bare, full, judge)
     made: dict[str, Callable[[], System]] = {"no_context": lambda: bare, "full_text": lambda: _there(full, reason)}
     made |= {system.name: functools.partial(_there, system, "") for system in systems}
-    made |= {name: functools.partial(make, bench) for name, make in wanted.items() if name not in made}
+    of_tokens = [name for name in wanted if name not in made]
+    none = "the cartridge is states alone, and has no tokens that a baseline could have as many of"
+    made |= {
+        name: functools.partial(wanted[name], bench) if bench.num_tokens else functools.partial(_there, None, none)
+        for name in of_tokens
+    }
     for name, make in made.items():
         if name in done:
             continue

@@ -1,0 +1,53 @@
+"""Self-study of a hybrid and of a recurrent model, and what comes of it: adapter, card, `cartridges info`, evaluation."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from peft import get_peft_model
+
+from peft_cartridges import CartridgeConfig, load_cartridge
+from peft_cartridges.adapter_folder import read_cartridge
+from peft_cartridges.cli.main import main
+from peft_cartridges.evaluation import EvaluationConfig, evaluate_cartridge
+from peft_cartridges.hub import load_facts
+from tests.causal_lms import tiny_causal_lm
+from tests.trainer.small_runs import GOLD, TEXT, TOKENIZER, losses, make_trainer
+
+
+@pytest.mark.parametrize("name", ["qwen3_next", "mamba2"])
+def test_from_a_text_to_a_cartridge(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    num_tokens = 0 if name == "mamba2" else 8
+    model = get_peft_model(tiny_causal_lm(name), CartridgeConfig(num_tokens=num_tokens))
+    trainer = make_trainer(tmp_path, model, max_steps=2, learning_rate=0.01)
+    trainer.initialize_cartridge()
+    before = model.base_model.get_kv_prefix()
+    assert all(state["recurrent"].any() for state in before.states)  # of the text
+    trainer.train()
+    assert len(losses(trainer)) == 2
+    after = model.base_model.get_kv_prefix()
+    for old, new in zip(before.states, after.states, strict=True):
+        assert not any(torch.equal(old[part], new[part]) for part in old)
+    trainer.save_model()
+    config, prefix = read_cartridge(tmp_path)
+    assert config.num_tokens == num_tokens and len(prefix.states) == len(after.states)
+    facts = load_facts(tmp_path)
+    states = sum(tensor.numel() * 4 for state in after.states for tensor in state.values())
+    keys_and_values = sum(tensor.numel() * 4 for tensor in (*after.keys, *after.values))
+    assert facts.kv_bytes == states + keys_and_values
+    if num_tokens:
+        assert facts.corpus_tokens and facts.in_context_kv_bytes == states + keys_and_values // 8 * facts.corpus_tokens
+    main(["info", str(tmp_path)])
+    shown = capsys.readouterr().out
+    assert f"of {len(after.states)} recurrent layers, {states // 4:,} numbers" in shown
+    again, _ = load_cartridge(tmp_path, base_model=tiny_causal_lm(name))
+    row = torch.arange(8, 16)[None]
+    with torch.no_grad():
+        assert torch.equal(again(input_ids=row).logits, model.eval()(input_ids=row).logits)
+    report = evaluate_cartridge(
+        again, TOKENIZER, text=TEXT, questions=GOLD, args=EvaluationConfig(max_new_tokens=2, bootstrap_samples=10)
+    )
+    cartridge = next(result for result in report.systems if result.name == "cartridge")
+    assert cartridge.kv_bytes == facts.kv_bytes and cartridge.num_tokens == num_tokens
