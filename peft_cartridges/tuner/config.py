@@ -215,6 +215,10 @@ class CartridgeConfig(PeftConfig):
         """Raises:
         ValueError: what a base model fills in is missing or out of its range; the message names the field.
         """
+        if not self.num_tokens and self.layer_states is None:
+            raise ValueError("`num_virtual_tokens` must be at least 1 where no layer has a state, got 0.")
+        if self.layer_states is not None and self.layer_shapes is None:
+            raise ValueError("`layer_states` is given without `layer_shapes`.")
         if self.layer_shapes is None:
             for name in ("num_layers", "num_attention_heads", "token_dim"):
                 if type(value := getattr(self, name)) is not int or value < 1:
@@ -235,7 +239,7 @@ class CartridgeConfig(PeftConfig):
         ):
             raise ValueError("`layer_states` must be a list of {name: shape}, as long as `layer_shapes`.")
         if not held and not parts:
-            raise ValueError("`layer_shapes` and `layer_states` are of no layer.")
+            raise ValueError("`layer_shapes` must be of at least one layer, or `layer_states`.")
 
     def check_window(self, model_config: Any) -> None:
         """Holds the length against the positions that a model has.
