@@ -1,4 +1,4 @@
-"""Models that mix attention with layers of another memory: refused by name, or left out where the config says so."""
+"""Models that mix attention with layers of another memory: those are left out where the config says so."""
 
 from __future__ import annotations
 
@@ -7,22 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
+from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from peft_cartridges import CartridgeConfig, KVPrefix, UnsupportedModelError, shared_prefix
+from peft_cartridges import KVPrefix
 from tests.exactness import assert_close, cartridge_model
 from tests.tiny_models import HYBRIDS, tiny_model, token_ids
 
 ROW = token_ids(6, seed=1)
-MESSAGE = {
-    "qwen3_next": r"model.layers.0, model.layers.2 have no causal attention.*linear_attention.*skip_unsupported_layers",
-    "lfm2": r"model.layers.0, model.layers.2 have no causal attention.*conv.*skip_unsupported_layers",
-    "jamba": r"model.layers.0, model.layers.2 have no causal attention.*linear_attention.*skip_unsupported_layers",
-    "falcon_h1": r"recurrent state beside their attention.*hybrid.*skip_unsupported_layers",
-}
 
 
 def _reference(model: nn.Module, prefix: KVPrefix) -> Tensor:
@@ -33,17 +27,6 @@ def _reference(model: nn.Module, prefix: KVPrefix) -> Tensor:
         layer.update(key[None], value[None])
     with torch.no_grad():
         return model(input_ids=ROW[None], past_key_values=cache).logits[0]
-
-
-@pytest.mark.supports("Hybrid models", "by default", on="{name}", refused=True)
-@pytest.mark.parametrize("name", HYBRIDS)
-def test_refused_by_name(name: str) -> None:
-    model = tiny_model(name)
-    with pytest.raises(UnsupportedModelError, match=MESSAGE[name]):
-        get_peft_model(model, CartridgeConfig(num_tokens=4))
-    prefix = KVPrefix.from_input_ids(model, token_ids(4))
-    with pytest.raises(UnsupportedModelError, match=MESSAGE[name]), shared_prefix(model, prefix):
-        pass
 
 
 @pytest.mark.supports("Hybrid models", "`skip_unsupported_layers=True`", on="{name}")
