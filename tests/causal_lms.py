@@ -49,7 +49,7 @@ _MORE: dict[str, dict[str, Any]] = {
     "mamba2": {"num_heads": 8},
     "minimax": {"layer_types": ["linear_attention", "full_attention"] * 2},
     "recurrent_gemma": {"num_hidden_layers": 6},
-    "xlstm": {"embedding_dim": 32, "num_blocks": 4, "num_heads": 4, "chunk_size": 8, "autocast_kernel_dtype": "float32"},
+    "xlstm": {"hidden_size": 128, "embedding_dim": 128, "num_blocks": 4, "num_heads": 4, "chunk_size": 8, "autocast_kernel_dtype": "float32"},
     "zamba": {"layers_block_type": ["linear_attention", "hybrid", "linear_attention", "hybrid"], "mamba_dt_rank": 4, "num_key_value_heads": 4},
     "zamba2": {"layers_block_type": ["linear_attention", "hybrid", "linear_attention", "hybrid"], "n_mamba_heads": 8},
     "zaya": {"num_experts_per_tok": 1},
@@ -98,7 +98,9 @@ def tiny_causal_lm(name: str) -> Any:
     except Exception as error:
         raise NotBuiltError(f"its configuration refuses small numbers: {type(error).__name__}") from error
     with torch.no_grad():
-        for parameter in model.parameters():
+        for parameter_name, parameter in model.named_parameters():
             if parameter.ndim >= 2:
                 parameter.copy_(torch.randn_like(parameter) * 0.2)
+            elif parameter_name.endswith("qk_norm.temp"):  # zero would hide all keys
+                parameter.fill_(1.0)
     return model.eval()

@@ -11,7 +11,9 @@ call what they would have called anyway.
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
+import operator
 import threading
 import warnings
 import weakref
@@ -25,7 +27,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import Checkpoi
 from transformers import Cache
 
 from ..kv_prefix import KVPrefix
-from ..recurrent import RecurrentLayer, go_on, goes_on, is_first, run_from_state
+from ..recurrent import CacheMemory, RecurrentLayer, go_on, goes_on, is_first, run_from_state
 from ..recurrent.rows import RowPlan, plan_rows
 from .config_view import ConfigView
 from .interface import SHARED_PREFIX, LayerPrefix
@@ -102,6 +104,8 @@ class _Forward:
 
 # Set while a decoder's forward runs, and again while a part of it is computed once more in a backward.
 _FORWARD: ContextVar[_Forward | None] = ContextVar("kv_prefix_forward", default=None)
+# The padding that a model was told of whose decoder is not (RWKV).
+_PADDING: ContextVar[Any] = ContextVar("kv_prefix_padding", default=None)
 # The open contexts of this thread or task.
 OPEN: ContextVar[tuple[OpenPrefix, ...]] = ContextVar("kv_prefix_open", default=())
 
@@ -142,6 +146,11 @@ class PrefixHost:
             self.decoder.register_forward_pre_hook(self.before, with_kwargs=True),
             self.decoder.register_forward_hook(self.after, with_kwargs=True, always_call=True),
         ]
+        if model is not self.decoder and any(not isinstance(x.memory, CacheMemory) for x in self.recurrent):
+            self.hooks += [
+                model.register_forward_pre_hook(self._note_padding, with_kwargs=True),
+                model.register_forward_hook(self._forget_padding, always_call=True),
+            ]
         self.decoder.__dict__[_HOST] = self
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PrefixHost:
@@ -259,8 +268,7 @@ class PrefixHost:
             running.begun.add(index)
         if goes_on(layer, arguments, running.is_first and not again):
             return go_on(layer, forward, arguments, lambda: self._plan(layer, running, arguments))
-        states = [state for due in running.due if (state := due.state(index, layer.module)) is not None]
-        if not states:
+        if not (states := [s for due in running.due if (s := due.state(index, layer.module)) is not None]):
             return forward(**arguments)
         if len(states) > 1:
             raise ValueError(
@@ -273,12 +281,18 @@ class PrefixHost:
         """The texts in the rows: the same for all layers of a forward that are told of the same padding."""
         batch_size, q_len = arguments[layer.parameters[0]].shape[:2]
         mask = next((value for name, value in arguments.items() if "mask" in name and isinstance(value, Tensor)), None)
-        if not any("mask" in name for name in layer.parameters):  # told of no padding
-            mask = running.mask
+        mask = mask if any("mask" in name for name in layer.parameters) else running.mask
         if id(mask) not in running.plans:
             plan = plan_rows(mask, batch_size, q_len, running.positions, arguments.get("cu_seq_lens_q"))
             running.plans[id(mask)] = (mask, plan)  # with the mask, so that its id stays its own
         return running.plans[id(mask)][1]
+
+    def _note_padding(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        named = {**dict(zip(inspect.signature(model.forward).parameters, args, strict=False)), **kwargs}
+        _PADDING.set(named.get("attention_mask"))
+
+    def _forget_padding(self, model: nn.Module, args: Any, output: Any) -> None:
+        _PADDING.set(None)
 
     # -- the decoder's hooks -----------------------------------------------------------------------------------------
 
@@ -308,9 +322,11 @@ class PrefixHost:
             return None
         positions = None
         if "position_ids" in self.parameters:
-            positions = positions_behind(inputs, tokens, _total([prefix.num_tokens for prefix in due]))
+            positions = positions_behind(
+                inputs, tokens, functools.reduce(operator.add, [prefix.num_tokens for prefix in due])
+            )
         forward = _Forward(self, due, positions)
-        forward.mask = inputs.get("attention_mask")
+        forward.mask = _PADDING.get() if inputs.get("attention_mask") is None else inputs["attention_mask"]
         forward.is_first = is_first(inputs.get(self.cache_parameter))
         forward.unverified = (
             None
@@ -458,13 +474,6 @@ class _Carrying:
                 host.traced = traced
 
         return self.checkpoint(within, *args, **kwargs)
-
-
-def _total(lengths: Sequence[int | Tensor]) -> int | Tensor:
-    total = lengths[0]
-    for length in lengths[1:]:
-        total = total + length
-    return total
 
 
 def prefix_host(model: nn.Module, *, skip_unsupported: bool = False) -> PrefixHost:

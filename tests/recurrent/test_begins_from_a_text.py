@@ -64,9 +64,13 @@ def test_logits_of_padded_rows(name: str) -> None:
                 close(have, want)
     with torch.no_grad():
         assert (model(input_ids=ROWS[1][None]).logits[0] - expected[1]).abs().max() > 0.01
-    # A single token first. Nemotron-H's own step and scan differ: the scan bounds the step size, the step does not.
+    # A single token first. The own step and scan of some differ: the scan bounds the step size, the step does not.
     with torch.no_grad(), shared_prefix(model, prefix):
-        close(model(input_ids=ROWS[1][None, :1]).logits[0], expected[1][:1], 1e-3 if name == "nemotron_h" else 1e-5)
+        close(
+            model(input_ids=ROWS[1][None, :1]).logits[0],
+            expected[1][:1],
+            1e-3 if name in ("nemotron_h", "zamba2") else 1e-5,
+        )
 
 
 @pytest.mark.supports("Hybrid and recurrent models", "`generate`, padded rows", on="{name}")
@@ -80,10 +84,13 @@ def test_generate(name: str) -> None:
         expected.append(
             model.generate(ids, attention_mask=torch.ones_like(ids), **GENERATE)[0, ids.shape[1] :].tolist()
         )
-    batch = batch_of(model, "left")
+    batches = [batch_of(model, "left")]
+    if name == "rwkv":  # transformers' own steps mix the rows of a batch
+        batches = [{"input_ids": row[None], "attention_mask": torch.ones(1, len(row))} for row in ROWS]
     with shared_prefix(model, prefix):
-        assert model.generate(**batch, **GENERATE)[:, 11:].tolist() == expected
-        assert model.generate(**batch, use_cache=False, **GENERATE)[:, 11:].tolist() == expected
+        for options in ({}, {"use_cache": False}):
+            found = torch.cat([model.generate(**batch, **options, **GENERATE)[:, -5:] for batch in batches])
+            assert found.tolist() == expected
         single = model.generate(ROWS[0][None, :1], attention_mask=torch.ones(1, 1), **GENERATE)[0, 1:].tolist()
     ids = torch.cat([TEXT, ROWS[0][:1]])[None]
     assert single == model.generate(ids, attention_mask=torch.ones_like(ids), **GENERATE)[0, 13:].tolist()
@@ -172,12 +179,12 @@ def test_gradients_are_those_of_differences(name: str) -> None:
     for number, gradient in enumerate(gradients):
         assert gradient.abs().sum() > 0
         towards = gradient / gradient.norm()
-        values = []
-        for step in (1e-2, -1e-2):
+        values, size = [], min(1e-2, 1 / gradient.norm().item())
+        for step in (size, -size):
             moved = iter([t + step * towards if i == number else t for i, t in enumerate(prefix.tensors())])
             with torch.no_grad(), shared_prefix(model, prefix.map(lambda tensor: next(moved))):  # noqa: B023
                 values.append((model(**batch).logits * _direction(batch)).sum())
-        difference = (values[0] - values[1]) / 2e-2
+        difference = (values[0] - values[1]) / (2 * size)
         torch.testing.assert_close(difference, gradient.norm(), rtol=0.03, atol=0.03)
 
 
