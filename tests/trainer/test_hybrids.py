@@ -3,25 +3,32 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from peft import get_peft_model
+from peft import PeftModel
 
-from peft_cartridges import CartridgeConfig, load_cartridge
+from peft_cartridges import CartridgeConfig, SelfStudyTrainer
 from peft_cartridges.adapter_folder import read_cartridge
 from peft_cartridges.cli.main import main
 from peft_cartridges.evaluation import EvaluationConfig, evaluate_cartridge
 from peft_cartridges.hub import load_facts
 from tests.causal_lms import tiny_causal_lm
-from tests.trainer.small_runs import GOLD, TEXT, TOKENIZER, losses, make_trainer
+from tests.trainer.small_runs import CORPUS, GOLD, TEXT, TOKENIZER, losses, make_config
 
 
 @pytest.mark.parametrize("name", ["qwen3_next", "mamba2"])
 def test_from_a_text_to_a_cartridge(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     num_tokens = 0 if name == "mamba2" else 8
-    model = get_peft_model(tiny_causal_lm(name), CartridgeConfig(num_tokens=num_tokens))
-    trainer = make_trainer(tmp_path, model, max_steps=2, learning_rate=0.01)
+    trainer = SelfStudyTrainer(
+        model=tiny_causal_lm(name),
+        args=make_config(tmp_path, max_steps=2, learning_rate=0.01),
+        train_dataset=CORPUS,
+        processing_class=TOKENIZER,
+        peft_config=CartridgeConfig(num_tokens=num_tokens),
+    )
+    model: Any = trainer.model
     trainer.initialize_cartridge()
     before = model.base_model.get_kv_prefix()
     assert all(state["recurrent"].any() for state in before.states)  # of the text
@@ -42,7 +49,7 @@ def test_from_a_text_to_a_cartridge(name: str, tmp_path: Path, capsys: pytest.Ca
     main(["info", str(tmp_path)])
     shown = capsys.readouterr().out
     assert f"of {len(after.states)} recurrent layers, {states // 4:,} numbers" in shown
-    again, _ = load_cartridge(tmp_path, base_model=tiny_causal_lm(name))
+    again = PeftModel.from_pretrained(tiny_causal_lm(name), tmp_path)
     row = torch.arange(8, 16)[None]
     with torch.no_grad():
         assert torch.equal(again(input_ids=row).logits, model.eval()(input_ids=row).logits)

@@ -19,7 +19,6 @@ from peft_cartridges import (
     UnsupportedModelError,
     compose,
     initialize_cartridge,
-    load_cartridge,
     shared_prefix,
 )
 from peft_cartridges.adapter_folder import quantize_cartridge, read_cartridge
@@ -32,7 +31,7 @@ NAMES = [
     "olmo_hybrid", "qwen3_5_text", "qwen3_next", "rwkv", "xlstm",
 ]  # fmt: skip
 # Gated delta rule, Mamba-2 beside attention in one layer, Mamba-2 alone.
-KINDS = ["qwen3_next", "falcon_h1", "mamba2"]
+KINDS = ["qwen3_5_text", "falcon_h1", "mamba2"]
 TEXT = torch.randint(8, 120, (12,), generator=torch.Generator().manual_seed(1))
 OTHER = torch.randint(8, 120, (12,), generator=torch.Generator().manual_seed(2))
 ROWS = [torch.randint(8, 120, (n,), generator=torch.Generator().manual_seed(n)) for n in (7, 11, 4)]
@@ -81,39 +80,42 @@ def test_a_whole_text(name: str, tmp_path: Path) -> None:
     peft_model.train()(input_ids=ROW, labels=ROW).loss.backward()
     trained = [p for p in peft_model.parameters() if p.requires_grad]
     assert states(peft_model) and all(p.grad is not None and p.grad.isfinite().all() for p in trained)
-    assert all(p.grad.abs().max() > 0 for p in states(peft_model)[:2])
+    assert any(p.grad.abs().max() > 0 for p in states(peft_model))
 
 
 @pytest.mark.parametrize("name", KINDS)
 def test_gradients(name: str) -> None:
-    """In float64, against the change of the loss along a random direction; and with checkpointing."""
+    """Those of `shared_prefix`, which are held against the text in context; in float64, and with checkpointing."""
     model = tiny_causal_lm(name).double()
-    peft_model = cartridge(model)
-    parameters = [p for p in peft_model.parameters() if p.requires_grad]
-    assert all(p.dtype == torch.float64 for p in states(peft_model))
+    prefix = KVPrefix.from_input_ids(model, TEXT)
+    leaves = [tensor.clone().requires_grad_() for tensor in prefix.tensors()]
+    each = iter(leaves)
+    with shared_prefix(model, prefix.map(lambda tensor: next(each))):
+        expected = torch.autograd.grad(model(input_ids=ROW, labels=ROW, use_cache=False).loss, leaves)
+    each = iter(expected)
+    wanted = prefix.map(lambda tensor: next(each))
+    peft_model = cartridge(model, prefix, num_frozen_tokens=0)
 
-    def loss() -> Tensor:
-        return peft_model(input_ids=ROW, labels=ROW, use_cache=False).loss
+    def check() -> None:
+        peft_model.zero_grad()
+        peft_model(input_ids=ROW, labels=ROW, use_cache=False).loss.backward()
+        tuner = peft_model.base_model
+        for layer, key, value in zip(tuner.cartridge_layers(), wanted.keys, wanted.values, strict=True):
+            assert_close(layer.kv_prefix_key["default"].grad, key, 1e-10)
+            assert_close(layer.kv_prefix_value["default"].grad, value, 1e-10)
+        for layer, state in zip(tuner.state_layers(), wanted.states, strict=True):
+            for part, gradient in state.items():
+                parameter = layer.kv_prefix_state["default"][part]
+                assert parameter.dtype == torch.float64 and parameter.grad.abs().max() > 0
+                assert_close(parameter.grad, gradient.double(), 1e-6)  # recurrences compute in float32
 
-    gradients = torch.autograd.grad(loss(), parameters)
-    generator, step = torch.Generator().manual_seed(0), 1e-5
-    for parameter, gradient in zip(parameters, gradients, strict=True):
-        direction = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-        with torch.no_grad():
-            parameter.add_(direction, alpha=step)
-            above = loss()
-            parameter.add_(direction, alpha=-2 * step)
-            below = loss()
-            parameter.add_(direction, alpha=step)
-        change, expected = (above - below) / (2 * step), (gradient * direction).sum()
-        assert (change - expected).abs() < 1e-6 * max(1.0, expected.abs().item())
-    if peft_model.get_base_model().supports_gradient_checkpointing:
-        peft_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        for have, want in zip(torch.autograd.grad(loss.__call__(), parameters), gradients, strict=True):
-            assert_close(have, want, 1e-9)
+    check()
+    if model.supports_gradient_checkpointing:
+        peft_model.train().gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        check()
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", ["falcon_h1", "lfm2", "mamba2"])
 def test_states_are_float32_in_a_model_of_half_precision(name: str) -> None:
     peft_model = cartridge(tiny_causal_lm(name).bfloat16())
     assert {p.dtype for p in states(peft_model)} == {torch.float32}
@@ -193,7 +195,7 @@ def test_attention_alone(name: str, tmp_path: Path) -> None:
     peft_model.save_pretrained(tmp_path)
     fields = json.loads((tmp_path / "adapter_config.json").read_text())
     assert fields["recurrent_state"] == "skip" and fields.get("layer_format", 1) == 1 and "layer_states" not in fields
-    assert_close(logits(load_cartridge(tmp_path, base_model=tiny_causal_lm(name))[0]), expected)
+    assert_close(logits(PeftModel.from_pretrained(tiny_causal_lm(name), tmp_path)), expected)
 
 
 @pytest.mark.parametrize("name", ["qwen3_next", "falcon_h1"])
@@ -222,7 +224,7 @@ def test_what_cannot_be() -> None:
     model = tiny_causal_lm("qwen3_next")
     prefix = KVPrefix.from_input_ids(model, TEXT)
     peft_model = cartridge(model, prefix)
-    with pytest.raises(ValueError, match=r"holds no states, which adapter 'default' has in 2"):
+    with pytest.raises(ValueError, match=r"holds no states, which adapter 'default' has in 3"):
         initialize_cartridge(peft_model, prefix=prefix.without_states())
     first, *rest = prefix.states
     changes: dict[str, Any] = {
@@ -232,7 +234,7 @@ def test_what_cannot_be() -> None:
     for message, state in changes.items():
         with pytest.raises(ValueError, match=message):
             initialize_cartridge(peft_model, prefix=dataclasses.replace(prefix, states=(state, *rest)))
-    with pytest.raises(ValueError, match="it has 1 states, this model 2"):
+    with pytest.raises(ValueError, match="it has 1 states, this model 3"):
         initialize_cartridge(peft_model, prefix=dataclasses.replace(prefix, states=(first,)))
 
 
@@ -245,7 +247,7 @@ def test_files(tmp_path: Path) -> None:
         f"layers.{i}.{part}" for i, s in enumerate(fields["layer_shapes"]) if s for part in ("key", "value")
     }
     of_states = {f"layers.{i}.state.{p}" for i, s in enumerate(fields["layer_states"]) if s for p in s}
-    assert set(tensors) == keys_and_values | of_states and len(of_states) == 4
+    assert set(tensors) == keys_and_values | of_states and len(of_states) == 6
     some = sorted(of_states)[0]
     faults: dict[str, dict[str, Tensor]] = {
         rf"has no tensor `{some}`": {name: tensor for name, tensor in tensors.items() if name != some},
@@ -328,9 +330,10 @@ def test_the_whole_text_is_exact() -> None:
 
 def test_a_recurrent_model_reads_a_text_of_any_length() -> None:
     model = tiny_causal_lm("mamba2")
+    expected = KVPrefix.from_input_ids(model, IDS * 12)
     peft_model = get_peft_model(model, CartridgeConfig(num_tokens=0))
     initialize_cartridge(peft_model, TOKENIZER, text=" ".join([WORDS] * 12), chat_template=False)
-    same_states(peft_model.base_model.get_kv_prefix(), KVPrefix.from_input_ids(model, IDS * 12))
+    same_states(peft_model.base_model.get_kv_prefix(), expected)
     with pytest.raises(ValueError, match=r"`strategy='first_tokens'` chooses tokens.*num_tokens=0"):
         initialize_cartridge(peft_model, TOKENIZER, text=WORDS, strategy="first_tokens")
 
