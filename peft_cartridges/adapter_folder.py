@@ -67,7 +67,7 @@ def read_config(folder: str | Path) -> CartridgeConfig:
 
 
 def read_cartridge(folder: str | Path) -> tuple[CartridgeConfig, KVPrefix]:
-    """Configuration, and keys and values of the cartridge in `folder`, on the CPU and in the file's dtype.
+    """Configuration, and keys, values and states of the cartridge in `folder`, on the CPU and in the file's dtype.
 
     Raises:
         FileNotFoundError: there is no such folder, or a file is missing.
@@ -97,7 +97,7 @@ def write_cartridge(folder: str | Path, config: CartridgeConfig, prefix: KVPrefi
 def quantize_cartridge(
     source: str | Path, output_dir: str | Path, quantization: Literal["int8", "int4", "fp8", "none"]
 ) -> tuple[int, int]:
-    """Writes a cartridge anew, in fewer bytes.
+    """Writes a cartridge anew, in fewer bytes: its keys and values. States of recurrent layers stay as they are.
 
     Args:
         source: Its folder.
@@ -111,17 +111,22 @@ def quantize_cartridge(
     Raises:
         FileNotFoundError: there is no cartridge in `source`.
         FileExistsError: `output_dir` is `source`, or holds a cartridge.
-        ValueError: the cartridge is damaged, has further trained modules, or there is no such quantization.
+        ValueError: the cartridge is damaged, has further trained modules or no keys and values, or there is no such
+            quantization.
         ImportError: torchao is not installed, which `int8` and `int4` need.
     """
     source, output_dir = Path(source), Path(output_dir)
     config, prefix = read_cartridge(source)
     if config.modules_to_save:
         raise ValueError(f"{source} has `modules_to_save` beside its keys and values, which are not quantized.")
+    if not config.num_tokens:
+        raise ValueError(f"{source} has no keys and values (`num_tokens` is 0), and its states are not quantized.")
     if (output_dir / CONFIG_FILE).exists():
         raise FileExistsError(f"{output_dir} holds a cartridge already: give another `output_dir`.")
     config = dataclasses.replace(config, quantization=None if quantization == "none" else quantization)
-    write_cartridge(output_dir, config, prefix.to(torch.bfloat16) if quantization == "none" else prefix)
+    if quantization == "none" and prefix.keys:
+        prefix = dataclasses.replace(prefix.to(torch.bfloat16), states=prefix.states)
+    write_cartridge(output_dir, config, prefix)
     for file in source.iterdir():
         if file.is_file() and file.name not in (CONFIG_FILE, WEIGHTS_FILE, *PICKLED_FILES):
             shutil.copy2(file, output_dir / file.name)

@@ -23,6 +23,7 @@ from peft import PeftModel
 
 from .kv_prefix import KVPrefix
 from .tuner import CartridgeConfig, CartridgeModel
+from .tuner.states import join_states
 
 SinkRule = Literal["first", "all"]
 
@@ -58,16 +59,24 @@ def join_cartridges(
     for part in parts[1:]:
         _check_pair(first, part, base_model)
     dtype = functools.reduce(torch.promote_types, (part.prefix.dtype for part in parts))
-    device = first.prefix.keys[0].device
-    kept = [first.prefix, *(_without_sink(first, part, sinks) for part in parts[1:])]
-    prefix = KVPrefix.concatenate([piece.to(device=device, dtype=dtype) for piece in kept])
+    device = next(first.prefix.tensors()).device
+    states = [[{n: t.to(device) for n, t in state.items()} for state in part.prefix.states] for part in parts]
+    joined = tuple(join_states(layer) for layer in zip(*states, strict=True))
+    if first.prefix.keys:
+        kept = [first.prefix, *(_without_sink(first, part, sinks) for part in parts[1:])]
+        pieces = [dataclasses.replace(piece, states=()).to(device=device, dtype=dtype) for piece in kept]
+        prefix = dataclasses.replace(KVPrefix.concatenate(pieces), states=joined)
+    else:
+        prefix = KVPrefix(states=joined, num_tokens=0)
     readings = {part.config.attention for part in parts}
     config = CartridgeConfig(
         num_tokens=prefix.num_tokens,
         num_frozen_tokens=first.config.num_frozen_tokens,
         attention=readings.pop() if len(readings) == 1 else "auto",
         sliding_window=first.config.sliding_window,
+        recurrent_state=first.config.recurrent_state,
         layer_shapes=first.config.layer_shapes,
+        layer_states=first.config.layer_states,
         token_dim=first.config.token_dim,
         num_layers=first.config.num_layers,
         num_attention_heads=first.config.num_attention_heads,
@@ -119,10 +128,18 @@ def _check_pair(first: NamedCartridge, part: NamedCartridge, base_model: str | N
         [(*key.shape[::2], value.shape[2]) for key, value in zip(p.prefix.keys, p.prefix.values, strict=True)]
         for p in (first, part)
     ]
-    if shapes[0] != shapes[1] or first.config.layer_shapes != part.config.layer_shapes:
+    if (first.config.layer_states is None) != (part.config.layer_states is None):
+        raise ValueError(
+            f"Of {first.name} and {part.name} one holds states of recurrent layers and the other does not "
+            "(`recurrent_state`), so they cannot be joined: train both alike."
+        )
+    forms = [(p.config.layer_shapes, p.config.layer_states) for p in (first, part)]
+    if shapes[0] != shapes[1] or forms[0] != forms[1]:
         differing = next((pair for pair in zip(*shapes, strict=False) if pair[0] != pair[1]), None)
         detail = (
-            f"{len(shapes[0])} and {len(shapes[1])} layers"
+            "states of other shapes or layers"
+            if shapes[0] == shapes[1]
+            else f"{len(shapes[0])} and {len(shapes[1])} layers"
             if differing is None
             else f"layers of (num_key_value_heads, key_dim, value_dim) {differing[0]} and {differing[1]}"
         )
@@ -152,17 +169,18 @@ def _check_pair(first: NamedCartridge, part: NamedCartridge, base_model: str | N
 
 def _without_sink(first: NamedCartridge, part: NamedCartridge, sinks: SinkRule) -> KVPrefix:
     frozen = part.config.num_frozen_tokens
+    prefix = dataclasses.replace(part.prefix, states=())
     if sinks == "all" or first.config.num_frozen_tokens == 0 or frozen == 0:
-        return part.prefix
-    if frozen == part.prefix.num_tokens:
+        return prefix
+    if frozen == prefix.num_tokens:
         raise ValueError(f"{part.name} has frozen tokens only, and would be left out whole: pass `sinks='all'`.")
-    if not _repeats(first.prefix, part.prefix[:frozen]):
+    if not _repeats(first.prefix, prefix[:frozen]):
         warnings.warn(
             f"The {frozen} frozen tokens of {part.name} are not those of {first.name}, and are left out nevertheless. "
             "If they hold something of their own, pass `sinks='all'`.",
             stacklevel=4,
         )
-    return part.prefix[frozen:]
+    return prefix[frozen:]
 
 
 def _repeats(first: KVPrefix, sink: KVPrefix) -> bool:

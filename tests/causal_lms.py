@@ -34,6 +34,7 @@ _MORE: dict[str, dict[str, Any]] = {
         ("axk1", "deepseek_v2", "deepseek_v3", "glm4_moe_lite", "longcat_flash", "minicpm3", "youtu", "dots3_note_text"),
         _LATENT,
     ),
+    "bailing_hybrid": {**_LATENT, "layer_group_size": 2},
     "bamba": {"mamba_n_heads": 8, "attn_layer_indices": [1, 3]},
     "codegen": {"rotary_dim": 4},
     "gemma3n_text": {"num_kv_shared_layers": 2, "layer_types": ["sliding_attention", "full_attention"] * 2,
@@ -42,9 +43,15 @@ _MORE: dict[str, dict[str, Any]] = {
     "gptj": {"rotary_dim": 4},
     "granitemoehybrid": {"mamba_n_heads": 8, "layer_types": ["mamba", "attention"] * 2},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "mamba_dt_rank": 4, "num_experts": 2},
+    "kimi_linear": {**_LATENT, "layer_types": ["linear_attention", "full_attention"] * 2, "linear_head_dim": 8, "linear_num_heads": 4},
     "lfm2": {"layer_types": ["conv", "full_attention"] * 2},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2, "num_dense_layers": 1},
     "mamba2": {"num_heads": 8},
+    "minimax": {"layer_types": ["linear_attention", "full_attention"] * 2},
+    "recurrent_gemma": {"num_hidden_layers": 6},
+    "xlstm": {"hidden_size": 128, "embedding_dim": 128, "num_blocks": 4, "num_heads": 4, "chunk_size": 8, "autocast_kernel_dtype": "float32"},
+    "zamba": {"layers_block_type": ["linear_attention", "hybrid", "linear_attention", "hybrid"], "mamba_dt_rank": 4, "num_key_value_heads": 4},
+    "zamba2": {"layers_block_type": ["linear_attention", "hybrid", "linear_attention", "hybrid"], "n_mamba_heads": 8},
     "zaya": {"num_experts_per_tok": 1},
 }  # fmt: skip
 
@@ -91,7 +98,9 @@ def tiny_causal_lm(name: str) -> Any:
     except Exception as error:
         raise NotBuiltError(f"its configuration refuses small numbers: {type(error).__name__}") from error
     with torch.no_grad():
-        for parameter in model.parameters():
+        for parameter_name, parameter in model.named_parameters():
             if parameter.ndim >= 2:
                 parameter.copy_(torch.randn_like(parameter) * 0.2)
+            elif parameter_name.endswith("qk_norm.temp"):  # zero would hide all keys
+                parameter.fill_(1.0)
     return model.eval()

@@ -1,6 +1,6 @@
 """Writes docs/supported.md: what works, what is refused and what could not be tried, as the tests found it.
 
-    python -m tests.support_table            runs tests/attention and tests/tuner, and writes the page
+    python -m tests.support_table            runs tests/attention, tests/recurrent and tests/tuner, and writes the page
     python -m tests.support_table --check    writes nothing, and fails where the page says something else
 
 A test is a part of the page if it is marked `@pytest.mark.supports(section, what, on=…)`: a row, and what the row was
@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 PAGE = Path(__file__).parents[1] / "docs" / "supported.md"
-FOLDERS = [str(Path(__file__).parent / name) for name in ("attention", "tuner")]
+FOLDERS = [str(Path(__file__).parent / name) for name in ("attention", "recurrent", "tuner")]
 
 _HEAD = """# What is supported
 

@@ -74,6 +74,10 @@ def test_a_folder_without_a_cartridge(tmp_path: Path) -> None:
         ({"layer_shapes": [[2, 8]]}, "`layer_shapes` must be"),
         ({"layer_shapes": [[2, 8, "8"], None]}, "`layer_shapes` must be"),
         ({"layer_shapes": []}, "`layer_shapes` must be"),
+        ({"layer_states": [{"conv": [2]}]}, "`layer_states` is given without `layer_shapes`"),
+        ({"layer_states": [{"conv": [-2]}], "layer_shapes": [None]}, "`layer_states` must be"),
+        ({"layer_states": [], "layer_shapes": [None]}, "`layer_states` must be"),
+        ({"num_virtual_tokens": 0}, "`num_virtual_tokens` must be at least 1 where no layer has a state"),
     ],
 )
 def test_a_configuration_that_lies_is_refused(fields: dict[str, Any], message: str, tmp_path: Path) -> None:

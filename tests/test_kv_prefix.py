@@ -133,6 +133,64 @@ def test_what_it_is() -> None:
     assert not leaf.detach().keys[0].requires_grad
 
 
+def _with_states(prefix: KVPrefix | None = None) -> KVPrefix:
+    states = tuple({"conv": torch.randn(6, 4), "recurrent": torch.randn(2, 3, 5)} for _ in range(2))
+    if prefix is None:
+        return KVPrefix(states=states, num_tokens=5)
+    return KVPrefix(prefix.keys, prefix.values, states)
+
+
+def test_states_are_of_the_whole_text() -> None:
+    both, alone = _with_states(_random()), _with_states()
+    assert (both.num_tokens, both.num_layers, both.num_recurrent_layers) == (7, 3, 2)
+    assert (alone.num_tokens, len(alone), alone.num_layers, alone.dtype) == (5, 5, 0, torch.float32)
+    assert both.nbytes == _random().nbytes + alone.nbytes and alone.nbytes == 2 * (24 + 30) * 4
+    assert repr(alone) == "KVPrefix(num_tokens=5, num_recurrent_layers=2, dtype=torch.float32, nbytes=432)"
+    half = both.to(torch.bfloat16)
+    assert {tensor.dtype for tensor in half.tensors()} == {torch.bfloat16} and alone.detach().num_tokens == 5
+    assert _equal(both.without_states(), both) and not both.without_states().states
+    for cut in (lambda: both[:3], lambda: alone[[0]]):
+        with pytest.raises(ValueError, match="A recurrent state is that of the whole text, and cannot be cut"):
+            cut()
+    with pytest.raises(
+        ValueError, match=r"`prefixes\[1\]` has recurrent states, and the state of two texts does not follow"
+    ):
+        KVPrefix.concatenate([_random(), both])
+    with pytest.raises(ValueError, match="Stock PEFT's format holds keys and values only"):
+        both.to_prompt_embeddings()
+    with pytest.raises(ValueError, match="`config` is needed for a prefix with recurrent states"):
+        both.to_cache()
+    with pytest.raises(ValueError, match="3 layers with keys and 2 with states, `config` 2 and 2"):
+        both.to_cache(config=tiny_model("lfm2").config)
+    with pytest.raises(ValueError, match="`num_tokens` has to be given"):
+        KVPrefix(states=alone.states)
+    with pytest.raises(ValueError, match="`num_tokens=4`, but the keys have 7 tokens"):
+        KVPrefix(both.keys, both.values, both.states, 4)
+    with pytest.raises(ValueError, match=r"`states\[0\]` holds nothing"):
+        KVPrefix(states=({},), num_tokens=1)
+
+
+@pytest.mark.parametrize("name", ["qwen3_next", "lfm2", "falcon_h1"])
+def test_cache_of_a_hybrid_round_trip(name: str) -> None:
+    model, ids = tiny_model(name), token_ids(1, 12)
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(input_ids=ids, past_key_values=cache)
+    prefix = KVPrefix.from_cache(cache)
+    assert prefix.num_recurrent_layers == len([layer for layer in cache.layers if hasattr(layer, "conv_states")])
+    again = KVPrefix.from_cache(prefix.to_cache(3, config=model.config), row=2, num_tokens=12)
+    pairs = zip(prefix.tensors(), again.tensors(), strict=True)
+    assert all(torch.equal(one, other) for one, other in pairs)
+    with torch.no_grad():
+        row = token_ids(1, 5, seed=1)
+        expected = model(input_ids=row, past_key_values=cache).logits
+        assert_close(model(input_ids=row, past_key_values=prefix.to_cache(1, config=model.config)).logits, expected)
+    with pytest.raises(
+        ValueError, match="`num_tokens=4`, but the recurrent states of the cache are those of all 12 tokens"
+    ):
+        KVPrefix.from_cache(prefix.to_cache(config=model.config), num_tokens=4)
+
+
 @pytest.mark.parametrize(
     ("keys", "values", "message"),
     [

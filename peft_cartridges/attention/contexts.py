@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import FrameType, TracebackType
 from typing import Any
 
 from torch import Tensor, nn
 
 from ..kv_prefix import KVPrefix
+from ..recurrent import CacheMemory, RecurrentLayer
 from .callers import frames, generator_that_opens, thread_and_task
 from .delivery import OPEN, prefix_host
 from .interface import AttentionPath, LayerPrefix, WindowReading, expand_tokens
@@ -33,8 +34,20 @@ class SharedPrefix:
         self.host = prefix_host(model, skip_unsupported=isinstance(prefix, int))
         self.num_tokens = prefix if isinstance(prefix, int) else prefix.num_tokens
         self._parts: list[LayerPrefix] = []
+        if self.unverified is not None and any(
+            not isinstance(layer.memory, CacheMemory) for layer in self.host.recurrent
+        ):
+            raise ValueError(
+                f"`verify=True` compares with the prefix in transformers' cache, which {type(self.host.decoder).__name__} has not."
+            )
+        self._states: list[Mapping[str, Tensor]] = []
+        self._holds_nothing = isinstance(prefix, int)
         if isinstance(prefix, KVPrefix):
             _check_prefix(prefix, self.host.layers)
+            _check_states(prefix, self.host.recurrent)
+            for recurrent_layer, state in zip(self.host.recurrent, prefix.states, strict=True):
+                device = execution_device(recurrent_layer.module)
+                self._states.append({name: tensor.to(device) for name, tensor in state.items()})
             for layer, key, value in zip(self.host.layers, prefix.keys, prefix.values, strict=True):
                 device = execution_device(layer.module)
                 self._parts.append(LayerPrefix(key.to(device), value.to(device), attention, window))
@@ -50,7 +63,7 @@ class SharedPrefix:
                 f"This `shared_prefix(…)` context is {self._state}: call `shared_prefix` again for another."
             )
         # The one of now: a model whose cartridge was taken off since is prepared anew.
-        self.host = prefix_host(self.model, skip_unsupported=not self._parts)
+        self.host = prefix_host(self.model, skip_unsupported=self._holds_nothing)
         self._state = "open"
         self._opener, self._home = generator_that_opens(), thread_and_task()
         self.threads = set(sys._current_frames())  # that were there before
@@ -105,13 +118,16 @@ class SharedPrefix:
         )
 
     def parts(self, layer: int, module: nn.Module, query: Tensor) -> Sequence[LayerPrefix]:
-        if not self._parts:
+        if not self._parts or not self.num_tokens:
             return ()
         part = self._parts[layer]
         key, value = (tensor.to(query.device, query.dtype) for tensor in (part.key, part.value))
         if self.host.layers[layer].expands:
             key, value = expand_tokens(module, key, value)
         return (LayerPrefix(key, value, part.path, part.window),)
+
+    def state(self, layer: int, module: nn.Module) -> Mapping[str, Tensor] | None:
+        return self._states[layer] if self._states else None
 
 
 def shared_prefix(
@@ -126,7 +142,9 @@ def shared_prefix(
 
     The result is that of passing the prefix as `past_key_values` to every row (`KVPrefix.to_cache`), with positions
     and padding taken care of: positions come from `position_ids`, or from attention mask and cache. Contexts nest, in
-    any order of closing: each adds its prefix, and inside an active cartridge they add to the cartridge.
+    any order of closing: each adds its prefix, and inside an active cartridge they add to the cartridge. Recurrent layers
+    begin from the prefix's state, each row behind its own padding; they begin from one, so two prefixes with states do not
+    nest.
 
     It holds for the code inside the `with`, and for no other: threads and async tasks each have their own, and a
     generator's is not its caller's. A thread that is started inside has to be told:
@@ -134,7 +152,7 @@ def shared_prefix(
 
     Args:
         model: A transformers causal LM, or a PEFT model around one.
-        prefix: Keys and values made by the same model; see `KVPrefix.from_text`.
+        prefix: Keys, values and states made by the same model; see `KVPrefix.from_text`.
         attention: `auto` (fast), `merged` or `concatenated` (the plain reference, for debugging).
         sliding_window: In sliding-window layers, whether prefix tokens leave the window as any token does (`windowed`,
             as `past_key_values` would) or stay in sight (`pinned`).
@@ -177,3 +195,16 @@ def _check_prefix(prefix: KVPrefix, layers: Sequence[AttentionLayer]) -> None:
             f"`{layers[index].name}` {want[index]}"
         )
     raise ValueError(f"`prefix` was made by another model: it has {difference}.")
+
+
+def _check_states(prefix: KVPrefix, layers: Sequence[RecurrentLayer]) -> None:
+    if len(prefix.states) != len(layers):
+        raise ValueError(
+            f"`prefix` has the states of {len(prefix.states)} recurrent layers, the model has {len(layers)}: it was made by "
+            "another model, or without its states."
+        )
+    for layer, state in zip(layers, prefix.states, strict=True):
+        have = {name: tuple(tensor.shape) for name, tensor in state.items()}
+        want = {name: kept.shape for name, kept in layer.states.items()}
+        if have != want:
+            raise ValueError(f"`prefix` was made by another model: it has the state {have}, `{layer.name}` has {want}.")

@@ -1,7 +1,8 @@
-"""How prefixes reach the attention of a model: which are due is said by the context that the model runs in.
+"""How prefixes reach the layers of a model: which are due is said by the context that the model runs in.
 
 A model is prepared once (`prefix_host`): its attention modules look up their attention function through a `ConfigView`,
-and its decoder has a hook in front and one behind. The first asks which prefixes are due to this forward (those of open
+the forward of its recurrent modules is asked from which state it begins (`_Beginning`), and its decoder has a hook in front
+and one behind. The first asks which prefixes are due to this forward (those of open
 `shared_prefix` contexts, and of sources such as a tuner), moves the positions and keeps both in a context variable,
 where the attention function finds them; the second sees that every layer took them. While nothing is due, the modules
 call what they would have called anyway.
@@ -10,11 +11,13 @@ call what they would have called anyway.
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
+import operator
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from typing import Any, Protocol
 
@@ -24,13 +27,17 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import Checkpoi
 from transformers import Cache
 
 from ..kv_prefix import KVPrefix
+from ..recurrent import CacheMemory, RecurrentLayer, go_on, goes_on, is_first, run_from_state
+from ..recurrent.rows import RowPlan, plan_rows
+from .config_view import ConfigView
 from .interface import SHARED_PREFIX, LayerPrefix
 from .positions import positions_behind
 from .probe import (
     AttentionLayer,
-    ConfigView,
     base_model,
+    cache_parameter,
     find_attention_layers,
+    find_recurrent_layers,
     get_decoder,
 )
 from .verification import Unverified, find_unverified, verify_rows
@@ -47,6 +54,10 @@ class DuePrefix(Protocol):
 
     def parts(self, layer: int, module: nn.Module, query: Tensor) -> Sequence[LayerPrefix]:
         """What the `layer`-th attention layer is to attend to; `module` is the one that asks, `query` its queries."""
+
+    def state(self, layer: int, module: nn.Module) -> Mapping[str, Tensor] | None:
+        """What the `layer`-th recurrent layer is to begin from, by name, `[*shape]` for all rows or `[batch, *shape]`;
+        `None` for its own beginning. Asked for the first forward of a sequence, and for none that goes on with a cache."""
 
 
 class OpenPrefix(DuePrefix, Protocol):
@@ -82,6 +93,10 @@ class _Forward:
         self.due = due
         self.positions = positions
         self.taken: set[int] = set()
+        self.begun: set[int] = set()  # recurrent layers
+        self.is_first = True  # of its sequence, as far as the model's arguments say
+        self.mask: Any = None
+        self.plans: dict[int, tuple[Tensor | None, RowPlan | None]] = {}
         self.compiled = False  # layers that run compiled do not tell that they took it
         self.before: _Forward | None = None
         self.unverified: Unverified | None = None
@@ -89,6 +104,8 @@ class _Forward:
 
 # Set while a decoder's forward runs, and again while a part of it is computed once more in a backward.
 _FORWARD: ContextVar[_Forward | None] = ContextVar("kv_prefix_forward", default=None)
+# The padding that a model was told of whose decoder is not (RWKV).
+_PADDING: ContextVar[Any] = ContextVar("kv_prefix_padding", default=None)
 # The open contexts of this thread or task.
 OPEN: ContextVar[tuple[OpenPrefix, ...]] = ContextVar("kv_prefix_open", default=())
 
@@ -99,11 +116,14 @@ class PrefixHost:
     Args:
         model: A transformers model.
         layers: Its attention layers.
+        recurrent: Its recurrent layers.
     """
 
-    def __init__(self, model: Any, layers: Sequence[AttentionLayer]) -> None:
+    def __init__(self, model: Any, layers: Sequence[AttentionLayer], recurrent: Sequence[RecurrentLayer] = ()) -> None:
         self.layers = tuple(layers)
+        self.recurrent = tuple(recurrent)
         self.decoder = get_decoder(model)
+        self.cache_parameter = cache_parameter(self.decoder)
         self.parameters = list(inspect.signature(self.decoder.forward).parameters)
         self.sources: list[PrefixSource] = []
         # Contexts that are open anywhere, in whatever thread: what a compiled graph can depend on.
@@ -120,10 +140,17 @@ class PrefixHost:
         for number, (index, module) in enumerate(self.modules):
             module._kv_prefix_place = (self, index, number)
             module.config = ConfigView(module.config, self.implementation)
+        for index, recurrent_layer in enumerate(self.recurrent):
+            recurrent_layer.module.forward = _Beginning(self, index, recurrent_layer.module.forward)
         self.hooks = [
             self.decoder.register_forward_pre_hook(self.before, with_kwargs=True),
             self.decoder.register_forward_hook(self.after, with_kwargs=True, always_call=True),
         ]
+        if model is not self.decoder and any(not isinstance(x.memory, CacheMemory) for x in self.recurrent):
+            self.hooks += [
+                model.register_forward_pre_hook(self._note_padding, with_kwargs=True),
+                model.register_forward_hook(self._forget_padding, always_call=True),
+            ]
         self.decoder.__dict__[_HOST] = self
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PrefixHost:
@@ -157,6 +184,12 @@ class PrefixHost:
         for _, module in self.modules:
             module.config = module.config._kv_prefix_view[0]
             del module._kv_prefix_place
+        for layer in self.recurrent:
+            beginning = layer.module.__dict__["forward"]
+            if isinstance(beginning, _Beginning):
+                beginning.restore(layer.module)
+            else:  # something else wrapped it since
+                beginning.host = None
         del self.decoder.__dict__[_HOST]
 
     def count_context(self, change: int) -> None:
@@ -224,6 +257,43 @@ class PrefixHost:
         # A checkpointed layer that is computed again in a backward, by a checkpointing that is not the model's own.
         return _Forward(self, self._due(0, False, True), None)
 
+    # -- recurrent layers --------------------------------------------------------------------------------------------
+
+    def begin(self, index: int, forward: Callable[..., Any], arguments: dict[str, Any]) -> Any:
+        """Runs a recurrent module from the state that is due to it."""
+        layer, running = self.recurrent[index], self.current_forward()
+        # A model may read a long text in pieces within one forward. A layer that is computed again is not that.
+        again = index in running.begun and not torch.is_grad_enabled()
+        if not torch.compiler.is_compiling():
+            running.begun.add(index)
+        if goes_on(layer, arguments, running.is_first and not again):
+            return go_on(layer, forward, arguments, lambda: self._plan(layer, running, arguments))
+        if not (states := [s for due in running.due if (s := due.state(index, layer.module)) is not None]):
+            return forward(**arguments)
+        if len(states) > 1:
+            raise ValueError(
+                f"{len(states)} prefixes are due that each have a state for `{layer.name}`, and a layer begins from one: the "
+                "state of two texts does not follow from that of each. Read the texts as one."
+            )
+        return run_from_state(layer, forward, arguments, states[0], self._plan(layer, running, arguments))
+
+    def _plan(self, layer: RecurrentLayer, running: _Forward, arguments: dict[str, Any]) -> RowPlan | None:
+        """The texts in the rows: the same for all layers of a forward that are told of the same padding."""
+        batch_size, q_len = arguments[layer.parameters[0]].shape[:2]
+        mask = next((value for name, value in arguments.items() if "mask" in name and isinstance(value, Tensor)), None)
+        mask = mask if any("mask" in name for name in layer.parameters) else running.mask
+        if id(mask) not in running.plans:
+            plan = plan_rows(mask, batch_size, q_len, running.positions, arguments.get("cu_seq_lens_q"))
+            running.plans[id(mask)] = (mask, plan)  # with the mask, so that its id stays its own
+        return running.plans[id(mask)][1]
+
+    def _note_padding(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        named = {**dict(zip(inspect.signature(model.forward).parameters, args, strict=False)), **kwargs}
+        _PADDING.set(named.get("attention_mask"))
+
+    def _forget_padding(self, model: nn.Module, args: Any, output: Any) -> None:
+        _PADDING.set(None)
+
     # -- the decoder's hooks -----------------------------------------------------------------------------------------
 
     def before(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -250,9 +320,19 @@ class PrefixHost:
             )
         if not due:
             return None
-        positions = positions_behind(inputs, tokens, _total([prefix.num_tokens for prefix in due]))
+        positions = None
+        if "position_ids" in self.parameters:
+            positions = positions_behind(
+                inputs, tokens, functools.reduce(operator.add, [prefix.num_tokens for prefix in due])
+            )
         forward = _Forward(self, due, positions)
-        forward.unverified = None if torch.compiler.is_compiling() else find_unverified(due, inputs, tokens)
+        forward.mask = _PADDING.get() if inputs.get("attention_mask") is None else inputs["attention_mask"]
+        forward.is_first = is_first(inputs.get(self.cache_parameter))
+        forward.unverified = (
+            None
+            if torch.compiler.is_compiling()
+            else find_unverified(due, inputs, tokens, inputs.get(self.cache_parameter))
+        )
         if torch.compiler.is_compiling():
             self.traced = forward
         else:
@@ -262,6 +342,8 @@ class PrefixHost:
                 self._running.append(forward)
                 self.traced, self.crowded = forward, len(self._running) > 1
             self._carry_into_recomputation(due)
+        if positions is None:
+            return None
         if "position_ids" in self.parameters[: len(args)]:
             index = self.parameters.index("position_ids")
             return (*args[:index], positions, *args[index + 1 :]), kwargs
@@ -269,7 +351,7 @@ class PrefixHost:
 
     def _continues(self, inputs: dict[str, Any], tokens: Tensor) -> bool:
         """Whether this is a step behind an earlier forward into the same cache."""
-        cache = inputs.get("past_key_values")
+        cache = inputs.get(self.cache_parameter)
         if not isinstance(cache, Cache) or torch.compiler.is_compiling():
             return False
         known = cache in self._caches
@@ -291,7 +373,8 @@ class PrefixHost:
             held = OPEN.set(tuple(context for context in OPEN.get() if context is not forward.unverified.context))
             self.open.remove(forward.unverified.context)
             try:
-                verify_rows(self.decoder, prefix, forward.unverified, output.last_hidden_state)
+                by_token = any(getattr(layer.memory, "aid", None) for layer in self.recurrent)
+                verify_rows(self.decoder, prefix, forward.unverified, output.last_hidden_state, by_token=by_token)
             finally:
                 self.open.append(forward.unverified.context)
                 OPEN.reset(held)
@@ -319,6 +402,12 @@ class PrefixHost:
                     f"A prefix was due, but `{self.layers[index].name}` ({type(module).__name__}) did not attend to it: "
                     "the module was replaced, or no longer calls the attention function that its configuration names."
                 )
+        for index, layer in enumerate(self.recurrent):
+            if index not in forward.begun and layer.layer_idx < num_layers:
+                raise RuntimeError(
+                    f"A prefix was due, but `{layer.name}` ({type(layer.module).__name__}) did not begin from its state: the "
+                    "module or its forward was replaced."
+                )
 
     def _carry_into_recomputation(self, due: Sequence[DuePrefix]) -> None:
         """Checkpointed layers are computed again in the backward, in whatever context and thread that runs in."""
@@ -335,6 +424,27 @@ class PrefixHost:
         if not isinstance(checkpoint, _Carrying):
             return _Carrying(checkpoint, self)
         return checkpoint if checkpoint.host is self else _Carrying(checkpoint.checkpoint, self)
+
+
+class _Beginning:
+    """The forward of a recurrent module, which begins from a prefix's state where one is due."""
+
+    def __init__(self, host: PrefixHost, index: int, forward: Callable[..., Any]) -> None:
+        self.host: PrefixHost | None = host
+        self.index = index
+        self.forward = forward
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.host is None or self.host.implementation() is None:
+            return self.forward(*args, **kwargs)
+        return self.host.begin(self.index, self.forward, self.host.recurrent[self.index].arguments(args, kwargs))
+
+    def restore(self, module: nn.Module) -> None:
+        """The module's forward as it was."""
+        if getattr(self.forward, "__func__", None) is type(module).forward:
+            del module.__dict__["forward"]
+        else:
+            module.forward = self.forward
 
 
 class _Carrying:
@@ -366,13 +476,6 @@ class _Carrying:
         return self.checkpoint(within, *args, **kwargs)
 
 
-def _total(lengths: Sequence[int | Tensor]) -> int | Tensor:
-    total = lengths[0]
-    for length in lengths[1:]:
-        total = total + length
-    return total
-
-
 def prefix_host(model: nn.Module, *, skip_unsupported: bool = False) -> PrefixHost:
     """The host of a model, which is prepared on the first call.
 
@@ -381,11 +484,13 @@ def prefix_host(model: nn.Module, *, skip_unsupported: bool = False) -> PrefixHo
     """
     model = base_model(model)
     layers = find_attention_layers(model, skip_unsupported=skip_unsupported)
+    recurrent = find_recurrent_layers(model, skip_unsupported=skip_unsupported)
+    modules = [*(layer.module for layer in layers), *(layer.module for layer in recurrent)]
     host: PrefixHost | None = get_decoder(model).__dict__.get(_HOST)
-    if host is not None and [layer.module for layer in host.layers] != [layer.module for layer in layers]:
+    if host is not None and [*(x.module for x in host.layers), *(x.module for x in host.recurrent)] != modules:
         host.remove()  # the model's layers were exchanged
         host = None
-    return PrefixHost(model, layers) if host is None else host
+    return PrefixHost(model, layers, recurrent) if host is None else host
 
 
 def prefix_is_due(model: nn.Module) -> bool:

@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 from transformers import AttentionInterface
 
+from .config_view import model_config
 from .masks import additive_mask, flash_mask
 from .plain_attention import Scoring
-from .probe import UnsupportedModelError, model_config
+from .probe import UnsupportedModelError
 from .shared_prefix_attention import (
     Prefix,
     PrefixPart,

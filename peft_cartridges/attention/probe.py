@@ -1,5 +1,5 @@
-"""What the attention layers of a model are, told by the model itself: one token goes through it while every attention
-module calls a function that writes down what it is called with, and the cache writes down what is put into it.
+"""What the layers of a model are, told by the model itself: one token goes through it while every attention module calls
+a function that writes down what it is called with, and the cache writes down what is put into it, and by which module.
 
 A layer is known by what it does, so that no architecture needs a list or a name here. What a probe cannot see in one
 token (masks that are made from the values, scores with a bias of their own) shows in how the function is called.
@@ -7,10 +7,9 @@ token (masks that are made from the values, scores with a bias of their own) sho
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,6 +21,11 @@ from transformers import AttentionInterface, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionCacheLayerMixin
 
 from ..kv_prefix import evaluating
+from ..recurrent import RecurrentLayer
+from ..recurrent.finding import RecordedCalls, find_recurrent_layer
+from ..recurrent.own_memory import find_layers_with_own_memory, find_own_memory
+from .config_view import ConfigView
+from .trial_run import experts_without_weights, inference_untold
 
 _PROBE = "kv_prefix_probe"
 _FOUND = "_kv_prefix_layers"
@@ -70,39 +74,15 @@ class ProbedModel:
 
     Args:
         decoder: The module that is given tokens and positions.
-        layers: The layers that can hold a prefix, by layer index.
+        layers: The attention layers that can hold a prefix, by layer index.
+        recurrent: The recurrent layers that can begin from a prefix's state, by layer index.
         left_out: Why the other layers, if any, cannot; `None` where all can.
     """
 
     decoder: Any
     layers: tuple[AttentionLayer, ...]
+    recurrent: tuple[RecurrentLayer, ...] = ()
     left_out: str | None = None
-
-
-class ConfigView:
-    """A configuration as an attention module sees it: the model's own, read and written through, but for the name of
-    the attention function, which `implementation` gives."""
-
-    def __init__(self, config: Any, implementation: Callable[[], str | None]) -> None:
-        object.__setattr__(self, "_kv_prefix_view", (config, implementation))
-
-    @property
-    def _attn_implementation(self) -> str | None:
-        config, implementation = self._kv_prefix_view
-        return implementation() or config._attn_implementation
-
-    def __getattr__(self, name: str) -> Any:
-        if name == "_kv_prefix_view":  # while a copy is being made
-            raise AttributeError(name)
-        return getattr(self._kv_prefix_view[0], name)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        setattr(self._kv_prefix_view[0], name, value)
-
-
-def model_config(config: Any) -> Any:
-    """The model's own configuration behind a `ConfigView`, or `config` itself."""
-    return config._kv_prefix_view[0] if isinstance(config, ConfigView) else config
 
 
 def base_model(model: Any) -> Any:
@@ -131,23 +111,38 @@ def probe(model: nn.Module) -> ProbedModel:
 
 def _still_holds(found: ProbedModel, model: Any) -> bool:
     modules = set(model.modules())
-    return all(module in modules for layer in found.layers for module in layer.modules)
+    held = [
+        *(module for layer in found.layers for module in layer.modules),
+        *(layer.module for layer in found.recurrent),
+    ]
+    return all(module in modules for module in held)
 
 
 def find_attention_layers(model: nn.Module, *, skip_unsupported: bool = False) -> list[AttentionLayer]:
-    """The attention layers of a decoder that keep keys and values of their own, ordered by layer index.
+    """The attention layers of a decoder that keep keys and values of their own, ordered by layer index; none in a model
+    that is recurrent throughout.
 
     Args:
         model: A transformers causal LM, or a PEFT model around one.
-        skip_unsupported: Leave out layers without attention (linear attention, convolutions) instead of refusing them.
+        skip_unsupported: Leave out layers that can hold nothing of a prefix instead of refusing them.
 
     Raises:
-        UnsupportedModelError: the model is no decoder, or a layer of it has no attention that can hold a prefix.
+        UnsupportedModelError: the model is no decoder, or a layer of it can hold nothing of a prefix.
     """
+    return list(_supported(model, skip_unsupported).layers)
+
+
+def find_recurrent_layers(model: nn.Module, *, skip_unsupported: bool = False) -> list[RecurrentLayer]:
+    """The layers of a decoder that keep a state of fixed size (linear attention, state spaces, convolutions), ordered by
+    layer index; arguments and errors as of `find_attention_layers`."""
+    return list(_supported(model, skip_unsupported).recurrent)
+
+
+def _supported(model: nn.Module, skip_unsupported: bool) -> ProbedModel:
     found = probe(model)
     if found.left_out is not None and not skip_unsupported:
         raise UnsupportedModelError(found.left_out)
-    return list(found.layers)
+    return found
 
 
 def get_decoder(model: nn.Module) -> Any:
@@ -155,20 +150,31 @@ def get_decoder(model: nn.Module) -> Any:
     return probe(model).decoder
 
 
-def find_decoder(model: nn.Module, layers: Iterable[AttentionLayer]) -> tuple[str, nn.Module]:
+def cache_parameter(model: nn.Module) -> str:
+    """What a model's or decoder's forward calls the cache."""
+    parameters = inspect.signature(model.forward).parameters
+    return next(
+        (name for name in ("past_key_values", "cache_params", "state") if name in parameters), "past_key_values"
+    )
+
+
+def find_decoder(model: nn.Module, layers: Iterable[AttentionLayer | RecurrentLayer]) -> tuple[str, nn.Module]:
     """Name and module of the innermost model around `layers` that takes tokens and positions: decoder layers may take
-    positions too, but no tokens.
+    positions too, but no tokens. Around recurrent layers alone it need not take positions.
 
     Raises:
         UnsupportedModelError: no module around the layers takes `position_ids`.
     """
+    layers = list(layers)
     names = [layer.name for layer in layers]
+    attends = any(isinstance(layer, AttentionLayer) for layer in layers)
     around = []
     for name, module in model.named_modules():
         inside = f"{name}." if name else ""
         if all(layer.startswith(inside) for layer in names):
             parameters = inspect.signature(module.forward).parameters
-            if "position_ids" in parameters and ("input_ids" in parameters or "inputs_embeds" in parameters):
+            takes_tokens = "input_ids" in parameters or "inputs_embeds" in parameters
+            if takes_tokens and ("position_ids" in parameters or not attends):
                 around.append((name, module))
     if not around:
         raise UnsupportedModelError(
@@ -234,6 +240,7 @@ class _Update:
 class _Record:
     calls: list[_Call] = field(default_factory=list)
     updates: list[_Update] = field(default_factory=list)
+    recurrent: RecordedCalls = field(default_factory=RecordedCalls)
 
 
 _RECORD: ContextVar[_Record | None] = ContextVar("kv_prefix_probe", default=None)
@@ -247,6 +254,18 @@ class _RecordingCache(DynamicCache):
         assert record is not None
         record.updates.append(_Update(layer_idx, key, value, shape))
         return key, value
+
+    def update_conv_state(self, conv_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Tensor:
+        record = _RECORD.get()
+        assert record is not None
+        record.recurrent.keeps(layer_idx)
+        return super().update_conv_state(conv_states, layer_idx, *args, **kwargs)
+
+    def update_recurrent_state(self, recurrent_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Tensor:
+        record = _RECORD.get()
+        assert record is not None
+        record.recurrent.keeps(layer_idx)
+        return super().update_recurrent_state(recurrent_states, layer_idx, *args, **kwargs)
 
 
 def _record_call(
@@ -268,6 +287,9 @@ AttentionInterface.register(_PROBE, _record_call)
 def _probe(model: Any) -> ProbedModel:
     config = get_text_config(model)
     _refuse_other_models(model, config)
+    if find_own_memory(model) is not None:
+        own = find_layers_with_own_memory(model, _one_token(model, config))
+        return ProbedModel(find_decoder(model, own)[1], (), tuple(own))
     record, cache = _run(model, config)
     names = {module: name for name, module in model.named_modules()}
     calls = [call for call in record.calls if call.module in names]
@@ -303,10 +325,26 @@ def _probe(model: Any) -> ProbedModel:
         raise UnsupportedModelError(
             f"{type(model).__name__} attends several times in one layer ({names[calls[0].module]}): it is not one decoder."
         )
-    left_out = _left_out(model, config, record, cache, layers)
-    if not layers:
+    recurrent, reasons = _recurrent_layers(record, cache, names)
+    left_out = _left_out(model, config, record, cache, layers, recurrent, reasons)
+    if not layers and not recurrent:
         raise UnsupportedModelError(left_out or f"{type(model).__name__} has no attention.")
-    return ProbedModel(find_decoder(model, layers)[1], tuple(layers), left_out)
+    decoder = find_decoder(model, [*layers, *recurrent])[1]
+    return ProbedModel(decoder, tuple(layers), tuple(recurrent), left_out)
+
+
+def _recurrent_layers(
+    record: _Record, cache: DynamicCache, names: dict[Any, str]
+) -> tuple[list[RecurrentLayer], dict[int, str]]:
+    """The layers that can begin from a state, and why others cannot."""
+    found, reasons = [], {}
+    for layer_idx, calls in sorted(record.recurrent.of_layers.items()):
+        layer = find_recurrent_layer(layer_idx, calls, cache.layers[layer_idx], names)
+        if isinstance(layer, RecurrentLayer):
+            found.append(layer)
+        else:
+            reasons[layer_idx] = layer
+    return found, reasons
 
 
 def _refuse_other_models(model: Any, config: Any) -> None:
@@ -316,7 +354,7 @@ def _refuse_other_models(model: Any, config: Any) -> None:
             f"`model` is an encoder–decoder ({name}): a prefix of keys and values stands in front of a decoder-only "
             "language model's tokens. Use a causal LM (`AutoModelForCausalLM`)."
         )
-    if "past_key_values" not in inspect.signature(model.forward).parameters:
+    if cache_parameter(model) not in inspect.signature(model.forward).parameters:
         raise UnsupportedModelError(
             f"{name} takes no `past_key_values`: it keeps no keys and values of the tokens before, which a prefix is made of."
         )
@@ -337,24 +375,19 @@ def _run(model: Any, config: Any) -> tuple[_Record, DynamicCache]:
         if not isinstance(module, PreTrainedModel) and hasattr(module.__dict__.get("config"), "_attn_implementation")
     ]
     cache = _RecordingCache(config=config)
-    special = {value for name, value in vars(model.config).items() if name.endswith(("_token_id", "_token_index"))}
-    token = next(token for token in range(7, 10**6) if token not in special)
     configs = [module.config for module in viewed]
-    embeddings = model.get_input_embeddings()
-    on_meta = next(embeddings.parameters()).is_meta and not hasattr(embeddings, "_hf_hook")
+    token = _one_token(model, config)
+    on_meta = token.is_meta
     held = _RECORD.set(record)
     try:
         for module, own in zip(viewed, configs, strict=True):
             module.config = ConfigView(own, lambda: _PROBE if _RECORD.get() is not None else None)
-        with evaluating(model), _experts_without_weights(model, on_meta), _inference_untold(model):
+        recorded = record.recurrent.of(model, cache)
+        with evaluating(model), experts_without_weights(model, on_meta), inference_untold(model), recorded:
             model(
-                input_ids=torch.full(
-                    (1, 1),
-                    min(token, config.vocab_size - 1),
-                    device="meta" if on_meta else execution_device(embeddings),
-                ),
-                past_key_values=cache,
+                input_ids=token,
                 use_cache=True,
+                **{cache_parameter(model): cache},
             )
     except Exception as error:
         raise UnsupportedModelError(
@@ -368,38 +401,14 @@ def _run(model: Any, config: Any) -> tuple[_Record, DynamicCache]:
     return record, cache
 
 
-@contextlib.contextmanager
-def _experts_without_weights(model: Any, on_meta: bool) -> Iterator[None]:
-    """Where weights are on `meta`, experts are computed in a way that asks for no values and takes any dtype."""
-    configs = {id(m.config): m.config for m in model.modules() if isinstance(m, PreTrainedModel)}.values()
-    changed = [c for c in configs if on_meta and getattr(c, "_experts_implementation_internal", None)]
-    held = [config._experts_implementation_internal for config in changed]
-    for config in changed:
-        config._experts_implementation_internal = "batched_mm"
-    try:
-        yield
-    finally:
-        for config, implementation in zip(changed, held, strict=True):
-            config._experts_implementation_internal = implementation
-
-
-@contextlib.contextmanager
-def _inference_untold(model: Any) -> Iterator[None]:
-    """bitsandbytes packs 4-bit weights when it sees inference on a CPU, and does not train them after."""
-    if getattr(model, "hf_quantizer", None) is None or torch.is_inference_mode_enabled():
-        with torch.no_grad():
-            yield
-        return
-
-    def needs_gradient(module: nn.Module, args: Any, output: Tensor) -> Tensor:
-        return output.detach().requires_grad_() * 1
-
-    hook = model.get_input_embeddings().register_forward_hook(needs_gradient)
-    try:
-        with torch.enable_grad():
-            yield
-    finally:
-        hook.remove()
+def _one_token(model: Any, config: Any) -> Tensor:
+    """An ordinary token `[1, 1]`, where the model takes it."""
+    special = {value for name, value in vars(model.config).items() if name.endswith(("_token_id", "_token_index"))}
+    token = next(token for token in range(7, 10**6) if token not in special)
+    embeddings = model.get_input_embeddings()
+    on_meta = next(embeddings.parameters()).is_meta and not hasattr(embeddings, "_hf_hook")
+    device = "meta" if on_meta else execution_device(embeddings)
+    return torch.full((1, 1), min(token, config.vocab_size - 1), device=device)
 
 
 def _same(one: Tensor, other: Tensor) -> bool:
@@ -436,19 +445,21 @@ def _refuse_call(name: str, call: _Call, cache: DynamicCache) -> None:
 
 
 def _left_out(
-    model: Any, config: Any, record: _Record, cache: DynamicCache, layers: list[AttentionLayer]
+    model: Any,
+    config: Any,
+    record: _Record,
+    cache: DynamicCache,
+    layers: list[AttentionLayer],
+    recurrent: list[RecurrentLayer],
+    reasons: dict[int, str],
 ) -> str | None:
     """Why some layers cannot hold a prefix."""
     types = getattr(config, "layer_types", None) or []
-    found = {layer.layer_idx for layer in layers}
+    hint = ' `CartridgeConfig(recurrent_state="skip")` leaves them out.' if layers else ""
+    if reasons:
+        return f"{type(model).__name__}: {next(iter(reasons.values()))}.{hint}"
+    found = {layer.layer_idx for layer in layers} | {layer.layer_idx for layer in recurrent}
     num_readers = sum(len(layer.readers) for layer in layers)
-    both = [i for i in sorted(found) if isinstance(cache.layers[i], LinearAttentionCacheLayerMixin)]
-    if both:
-        return (
-            f"{type(model).__name__} has layers with a recurrent state beside their attention (layer types: "
-            f"{', '.join(sorted(set(types)))}), which a prefix of keys and values does not hold. "
-            "`CartridgeConfig(skip_unsupported_layers=True)` puts a cartridge into the attention only."
-        )
     # By name: transformers has them since 5.23.
     dummies = {index for index, layer in enumerate(cache.layers) if type(layer).__name__ == "DummyLayer"}
     missing = sorted(set(range(config.num_hidden_layers)) - found - dummies)
@@ -464,8 +475,7 @@ def _left_out(
     kinds = sorted({types[index] for index in missing if index < len(types)})
     return (
         f"{type(model).__name__}: the layers {', '.join(names[:8])}{', …' if len(names) > 8 else ''} have no causal "
-        "attention through transformers' attention interface"
+        "attention through transformers' attention interface, and keep no state in its cache"
         + (f" (layer types: {', '.join(kinds)})" if kinds else "")
-        + ", so they cannot hold a prefix of keys and values."
-        + (" `CartridgeConfig(skip_unsupported_layers=True)` leaves them out." if layers else "")
+        + f", so they cannot hold a prefix.{hint}"
     )

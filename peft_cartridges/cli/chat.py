@@ -167,6 +167,7 @@ class LocalEngine:
         from ..gate import load_gate
         from ..hub import check_base_model, load_cartridge, load_facts
         from ..hub.pull import find_cartridge
+        from ..hub.push import served_bytes
         from ..serving.catalog import split_revision
 
         self.names: list[str] = []
@@ -192,7 +193,7 @@ class LocalEngine:
                 check_base_model(self._model, folder)
                 self._model.load_adapter(str(folder), name)
             config, prefix = read_cartridge(folder)
-            served = prefix.nbytes // prefix.dtype.itemsize * self._model.dtype.itemsize
+            served = served_bytes(prefix, self._model.dtype)
             self._sizes[name] = (config.num_tokens or 0, served)
             behind = load_facts(folder).recipe.get("default_system_prompt") is False
             self._tokenizers[name] = (

@@ -56,7 +56,7 @@ def describe_cartridge(config: CartridgeConfig, facts: CardFacts, num_bytes: int
     kind = f" ({numbers})" if numbers else ""
     sizes = [
         num_bytes and f"{num_bytes / 1e6:,.2f} MB in its file{kind}",
-        facts.kv_bytes and f"{facts.kv_bytes / 1e6:,.2f} MB of keys and values when it is served",
+        facts.kv_bytes and f"{facts.kv_bytes / 1e6:,.2f} MB in memory when it is served",
     ]
     kinds = ", ".join(f"{name} {number:,}" for name, number in facts.seed_types.items())
     conversations = facts.num_conversations and f"{facts.num_conversations:,}" + (f" ({kinds})" if kinds else "")
@@ -68,6 +68,7 @@ def describe_cartridge(config: CartridgeConfig, facts: CardFacts, num_bytes: int
     found = [
         ("base model", "@".join(filter(None, (base, facts.base_model_revision and facts.base_model_revision[:12])))),
         ("tokens", f"{config.num_tokens or 0:,}{trained}"),
+        ("states", _states(config)),
         ("size", ", ".join(str(size) for size in sizes if size)),
         ("corpus", ", ".join(str(part) for part in corpus if part)),
         ("conversations", conversations),
@@ -84,6 +85,13 @@ def _kind_of_numbers(config: CartridgeConfig, num_bytes: int | None) -> str | No
     """By the size of the file, whose header is small beside its numbers."""
     numbers = sum(math.prod(form.shape) for _, form in expected_tensors(config))
     return {4: "float32", 2: "16-bit floats"}.get(num_bytes // numbers) if num_bytes and numbers else None
+
+
+def _states(config: CartridgeConfig) -> str:
+    held = [state for state in config.layer_states or () if state is not None]
+    numbers = sum(math.prod(shape) for state in held for shape in state.values())
+    how = "" if config.recurrent_state == "train" else ", not trained"
+    return f"of {len(held)} recurrent layers, {numbers:,} numbers{how}" if held else ""
 
 
 def _measured(value: float, note: str | None) -> str:

@@ -199,7 +199,12 @@ def measure_systems(
         "full_text": lambda: _there(measuring.full_text, measuring.reason),
     }
     made |= {system.name: functools.partial(_there, system, "") for system in systems}
-    made |= {name: functools.partial(make, bench) for name, make in wanted.items() if name not in made}
+    of_tokens = [name for name in wanted if name not in made]
+    none = "the cartridge is states alone, and has no tokens that a baseline could have as many of"
+    made |= {
+        name: functools.partial(wanted[name], bench) if bench.num_tokens else functools.partial(_there, None, none)
+        for name in of_tokens
+    }
     for name, make in made.items():
         if name in done:
             continue

@@ -112,7 +112,8 @@ def cartridge_system(model: PeftModel, processing_class: Any, name: str = "cartr
     tuner: Any = getattr(model, "base_model", None)
     if not isinstance(tuner, CartridgeModel):
         raise ValueError(f"`model` is a {type(model).__name__} without a cartridge: load one with `load_cartridge`.")
-    prefix = KVPrefix.concatenate([tuner.get_kv_prefix(adapter) for adapter in tuner.active_adapters])
-    facts = {"num_tokens": prefix.num_tokens, "kv_bytes": prefix.nbytes, **facts}
+    prefixes = [tuner.get_kv_prefix(adapter) for adapter in tuner.active_adapters]
+    sizes = {"num_tokens": sum(map(len, prefixes)), "kv_bytes": sum(prefix.nbytes for prefix in prefixes)}
+    facts = {**sizes, **facts}
     codec = ChatCodec.of(model, processing_class)
     return System(name, model, codec, lambda: contextlib.nullcontext(model), codec.preamble, **facts)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from peft import PeftModel
 from torch import nn
 
 from ..adapter_folder import read_config
-from ..attention.probe import find_attention_layers, get_text_config
+from ..attention.probe import find_attention_layers, find_recurrent_layers, get_text_config
 from ..model_identity import model_fingerprint
 from ..tuner.config import CartridgeConfig
 from .card_facts import BaseIdentity, CardFacts, load_facts
@@ -109,8 +110,9 @@ def compare_identities(have: BaseIdentity, want: BaseIdentity, have_name: str, w
 
 
 def _check_heads(model: nn.Module, config: CartridgeConfig, facts: CardFacts) -> None:
-    layers = find_attention_layers(model.get_base_model() if isinstance(model, PeftModel) else model)
-    have = [(layer.num_key_value_heads, layer.key_dim, layer.value_dim) for layer in layers]
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    skips = config.recurrent_state == "skip"
+    have = [layer.shape for layer in find_attention_layers(base, skip_unsupported=skips)]
     if config.layer_shapes is not None:
         want = [tuple(shape) for shape in config.layer_shapes if shape is not None]
     else:
@@ -119,9 +121,27 @@ def _check_heads(model: nn.Module, config: CartridgeConfig, facts: CardFacts) ->
         want = [(config.num_attention_heads, head_dim, head_dim)] * config.num_layers
     if have != want:
         raise ValueError(
-            f"The cartridge has {len(want)} layers of (num_key_value_heads, key_dim, value_dim) {want[0]}, the model "
-            f"{len(have)} of {have[0]}: it was trained on another base model{_named(facts, config)}."
+            f"The cartridge has {len(want)} layers of (num_key_value_heads, key_dim, value_dim) {_first(want)}, the model "
+            f"{len(have)} of {_first(have)}: it was trained on another base model{_named(facts, config)}."
         )
+    states = (
+        []
+        if skips
+        else [
+            {name: list(state.shape) for name, state in layer.states.items()} for layer in find_recurrent_layers(base)
+        ]
+    )
+    held = [state for state in config.layer_states or () if state is not None]
+    if states != held:
+        raise ValueError(
+            f"The cartridge has states of {len(held)} recurrent layers, the first of {_first(held)}, the model has "
+            f"{len(states)} such layers, the first of {_first(states)}: it was trained on another base "
+            f"model{_named(facts, config)}."
+        )
+
+
+def _first(shapes: Sequence[Any]) -> Any:
+    return shapes[0] if shapes else "none"
 
 
 def _named(facts: CardFacts, config: CartridgeConfig) -> str:

@@ -16,6 +16,7 @@ from .base_model import compare_identities
 from .card_facts import CardFacts, Part, current_package_versions, load_facts
 from .model_card import is_hub_name, write_model_card
 from .pull import find_cartridge
+from .push import state_bytes
 
 _RULES = {
     "first": "The keys and values are concatenated in this order. Of the frozen first tokens (the attention sink), "
@@ -123,9 +124,10 @@ def _compose_files(
 
 def _served_bytes(facts: list[CardFacts], prefix: KVPrefix) -> int:
     """By what a part's card says of its own size, which knows the model's dtype; as in the file, if none does."""
-    known = ((f.kv_bytes, f.num_tokens) for f in facts if f.kv_bytes and f.num_tokens)
-    size, num_tokens = next(known, (prefix.nbytes, prefix.num_tokens))
-    return size * prefix.num_tokens // num_tokens
+    states = state_bytes(prefix)  # of one size, as those of each part
+    known = ((f.kv_bytes - states, f.num_tokens) for f in facts if f.kv_bytes and f.num_tokens)
+    size, num_tokens = next(known, (prefix.nbytes - states, max(1, prefix.num_tokens)))
+    return states + size * prefix.num_tokens // num_tokens
 
 
 def _find(name: str, hub_options: dict[str, Any]) -> Path:

@@ -146,7 +146,7 @@ def _overview(facts: CardFacts) -> str:
         rows.append(("Length", f"{facts.num_tokens:,} tokens{frozen}{ratio}"))
     if facts.kv_bytes:
         whole = f"; the text in context: {size_text(facts.in_context_kv_bytes)}" if facts.in_context_kv_bytes else ""
-        rows.append(("Keys and values", size_text(facts.kv_bytes) + whole))
+        rows.append(("Memory", size_text(facts.kv_bytes) + whole))
     if facts.gate:
         rejected = f"{facts.gate.general_rejected:.0%} of {facts.gate.num_general:,} requests off the text"
         rows.append(("Gate (`gate.safetensors`)", f"knows {facts.gate.words:,} words of the text; rejects {rejected}"))

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi
 from peft import PeftModel
 
@@ -173,14 +174,23 @@ def complete_facts(
     found: dict[str, Any] = {
         "num_tokens": config.num_tokens,
         "num_frozen_tokens": config.num_frozen_tokens,
-        # As it is served: files keep float32, the model computes in its own dtype.
-        "kv_bytes": prefix.nbytes * (prefix.dtype if model is None else model.dtype).itemsize // prefix.dtype.itemsize,
+        "kv_bytes": served_bytes(prefix, prefix.dtype if model is None else model.dtype),
         "base_model": config.base_model_name_or_path,
         "base_model_revision": config.revision,
         "package_versions": current_package_versions(),
         "base_identity": None if model is None or facts.base_identity else identify_base_model(model),
     }
     return dataclasses.replace(facts, **{key: value for key, value in found.items() if not getattr(facts, key)})
+
+
+def served_bytes(prefix: KVPrefix, dtype: torch.dtype) -> int:
+    """Of a cartridge as it is served: files keep float32, a model computes in its own dtype. States stay as they are."""
+    keys_and_values = sum(tensor.numel() for tensor in (*prefix.keys, *prefix.values))
+    return keys_and_values * dtype.itemsize + state_bytes(prefix)
+
+
+def state_bytes(prefix: KVPrefix) -> int:
+    return sum(tensor.numel() * tensor.element_size() for state in prefix.states for tensor in state.values())
 
 
 def _upload(folder: Path, push: Push, create_pr: bool, commit_message: str, api: HfApi) -> CommitInfo:

@@ -1,4 +1,4 @@
-"""Initial keys and values of a cartridge: one file per strategy, one table of them in `initialize.py`."""
+"""Initial keys, values and states of a cartridge: one file per strategy, one table of them in `initialize.py`."""
 
 from .initialize import (
     InitializationStrategy,

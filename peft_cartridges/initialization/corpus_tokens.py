@@ -34,9 +34,13 @@ def encode_corpus(processing_class: Any, text: str, *, num_tokens: int, chat_tem
 
 def window_parts(model: nn.Module, ids: Sequence[int]) -> list[Sequence[int]]:
     """`ids` in equal parts, each of which fits the model's window (and 8,192 tokens) with its recitation behind it."""
-    window = _window(model)
-    longest = max(1, min(_READ, window - _recited(window) - _AROUND))
-    number = -(-len(ids) // longest)
+    window = read_window(model)
+    return parts_of_at_most(max(1, min(_READ, window - _recited(window) - _AROUND)), ids)
+
+
+def parts_of_at_most(longest: int, ids: Sequence[int]) -> list[Sequence[int]]:
+    """`ids` in equal parts of at most `longest` tokens."""
+    number = max(1, -(-len(ids) // longest))
     cuts = [len(ids) * part // number for part in range(number + 1)]
     return [ids[start:end] for start, end in itertools.pairwise(cuts)]
 
@@ -44,7 +48,7 @@ def window_parts(model: nn.Module, ids: Sequence[int]) -> list[Sequence[int]]:
 def recitations(model: nn.Module, processing_class: Any, ids: Sequence[int], *, chat_template: bool) -> list[list[int]]:
     """Rows of token ids that recite a part of the corpus piece by piece, each as the answer to a request for it where
     there is a chat template."""
-    codec, step = ChatCodec.of(model, processing_class), _recited(_window(model))
+    codec, step = ChatCodec.of(model, processing_class), _recited(read_window(model))
     pieces = [ids[start : start + step] for start in range(0, len(ids), step)]
     if not (chat_template and codec.has_template):
         return [list(piece) for piece in pieces]
@@ -59,7 +63,7 @@ def recitations(model: nn.Module, processing_class: Any, ids: Sequence[int], *, 
     ]
 
 
-def _window(model: nn.Module) -> int:
+def read_window(model: nn.Module) -> int:
     """How many positions may be read. Where the rotary embeddings change with the length of what is read, only those before
     they do: keys of a long text would be turned otherwise than those of the shorter cartridge."""
     config = get_text_config(model)

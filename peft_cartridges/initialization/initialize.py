@@ -2,30 +2,34 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
+import torch
 from peft import PeftModel
 from torch import nn
 
 from ..attention.probe import UnsupportedModelError
 from ..kv_prefix import KVPrefix
-from ..tuner.config import CartridgeConfig
 from ..tuner.model import CartridgeModel
 from .attention_matching import attention_matching
 from .most_attended import most_attended
 from .pretrained import pretrained
 from .random_vectors import random_vectors
+from .states import states_after_text
 from .summary import summary
 from .text_tokens import first_tokens, random_tokens, sampled_chunks
 
 
 class InitializationStrategy(Protocol):
     """Makes a prefix of exactly `num_tokens` tokens from a text, with a model that has no active cartridge. Further
-    keyword arguments are options that `initialize_cartridge` hands on."""
+    keyword arguments are options that `initialize_cartridge` hands on.
+
+    Recurrent layers begin from the prefix's states. Where it has none (`KVPrefix.without_states`), they begin from what the
+    whole text leaves (`states_after_text`), or, if the strategy needs no text, as without any."""
 
     def __call__(
         self, model: nn.Module, processing_class: Any, text: Any, *, num_tokens: int, chat_template: bool
@@ -41,8 +45,7 @@ def auto(
     chat_template: bool,
     to_train: bool = True,
 ) -> KVPrefix:
-    """`most_attended`, or with a warning `first_tokens` where keys cannot be moved (learned positions) or not all layers
-    have attention.
+    """`most_attended`, or with a warning `first_tokens` where keys cannot be moved (learned positions).
 
     Args:
         to_train: Whether the cartridge is only begun here. If not, `attention_matching` is tried first, which takes longer
@@ -58,18 +61,19 @@ def auto(
     return first_tokens(model, processing_class, text, **options)
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class _Row:
     make: InitializationStrategy
     needs_text: bool = True
+    needs_tokens: bool = True  # and so cannot fill a cartridge of states alone
 
 
 _STRATEGIES: dict[str, _Row] = {
     "attention_matching": _Row(attention_matching),
-    "auto": _Row(auto),
+    "auto": _Row(auto, needs_tokens=False),
     "first_tokens": _Row(first_tokens),
     "most_attended": _Row(most_attended),
-    "pretrained": _Row(cast(Any, pretrained), needs_text=False),
+    "pretrained": _Row(cast(Any, pretrained), needs_text=False, needs_tokens=False),
     "random_tokens": _Row(random_tokens, needs_text=False),
     "random_vectors": _Row(random_vectors, needs_text=False),
     "sampled_chunks": _Row(sampled_chunks),
@@ -91,7 +95,7 @@ def register_strategy(name: str, strategy: InitializationStrategy, *, needs_text
     """
     if name in _STRATEGIES:
         raise ValueError(f"There is an initialization strategy `{name}` already.")
-    _STRATEGIES[name] = _Row(strategy, needs_text)
+    _STRATEGIES[name] = _Row(strategy, needs_text, needs_tokens=False)
 
 
 def list_strategies() -> list[str]:
@@ -111,6 +115,9 @@ def initialize_cartridge(
     **options: Any,
 ) -> KVPrefix:
     """Fills a cartridge from a text, or from a prefix that is there already.
+
+    A strategy chooses keys and values for attention layers. Recurrent layers begin from the state that the text leaves (see
+    `docs/hybrids.md`); with `num_tokens=0` that is all there is, and the strategy stays `auto`.
 
     A cartridge that `get_peft_model` has just made holds noise; training from a part of the text itself is faster and
     ends better (arXiv 2506.06266, ablation of initializations). Which part makes more of a difference than anything
@@ -134,7 +141,8 @@ def initialize_cartridge(
 
     Raises:
         ValueError: neither or both of `text` and `prefix` are given, the text is empty or shorter than the cartridge,
-            the strategy is unknown or has no such option, or the adapter is no cartridge of this package.
+            the strategy is unknown, has no such option or chooses tokens for a cartridge that has none, or the adapter is no
+            cartridge of this package.
     """
     tuner = getattr(model, "base_model", None)
     if not isinstance(tuner, CartridgeModel):
@@ -148,6 +156,11 @@ def initialize_cartridge(
     if strategy not in _STRATEGIES:
         raise ValueError(f"`strategy={strategy!r}` is unknown; there are: {', '.join(list_strategies())}.")
     row = _STRATEGIES[strategy]
+    if row.needs_tokens and prefix is None and not tuner._config_of(name).num_tokens:
+        raise ValueError(
+            f"`strategy={strategy!r}` chooses tokens of the text, and the cartridge has none (`num_tokens=0`): it begins from "
+            'the state that the text leaves with `strategy="auto"`.'
+        )
     if (text is not None and prefix is not None) or (text is None and prefix is None and row.needs_text):
         raise ValueError("Give one of `text` (with `processing_class`) and `prefix`.")
     if prefix is None:
@@ -155,18 +168,47 @@ def initialize_cartridge(
             raise ValueError("`processing_class` is missing: pass the tokenizer of the base model with `text`.")
         check_options(strategy, options)
         with model.disable_adapter():
-            prefix = row.make(
-                model.get_base_model(),
-                processing_class,
-                text,
-                num_tokens=cast(CartridgeConfig, tuner.peft_config[name]).num_tokens or 0,
-                chat_template=chat_template,
-                **options,
+            prefix = _make(
+                tuner, name, strategy, model.get_base_model(), processing_class, text, chat_template, options
             )
     elif options:
         raise ValueError(f"`{next(iter(options))}` is an option of a strategy, and `prefix` is taken as it is.")
     tuner.set_kv_prefix(prefix, name)
     return prefix
+
+
+def _make(
+    tuner: CartridgeModel,
+    adapter_name: str,
+    strategy: str,
+    base: nn.Module,
+    processing_class: Any,
+    text: str | None,
+    chat_template: bool,
+    options: dict[str, Any],
+) -> KVPrefix:
+    config, row = tuner._config_of(adapter_name), _STRATEGIES[strategy]
+    if not config.num_tokens and strategy == "auto":
+        prefix = tuner.get_kv_prefix(adapter_name)  # for the shapes of no tokens
+        fill = True
+    else:
+        prefix = row.make(
+            base,
+            processing_class,
+            text,
+            num_tokens=config.num_tokens or 0,
+            chat_template=chat_template,
+            **options,
+        )
+        fill = config.layer_states is not None and not prefix.states
+    if not fill:
+        return prefix
+    if row.needs_text:
+        states = states_after_text(base, processing_class, text or "", chat_template=chat_template)
+    else:
+        held = tuner.get_kv_prefix(adapter_name).states
+        states = tuple({part: torch.zeros_like(tensor) for part, tensor in state.items()} for state in held)
+    return dataclasses.replace(prefix, states=states)
 
 
 def needs_text(name: str) -> bool:

@@ -41,7 +41,9 @@ def most_attended(
     for part, (start, end) in zip(parts, itertools.pairwise(borders), strict=True):
         prefix = KVPrefix.from_input_ids(model, [*sink, *part])
         if not chosen:
-            chosen.append(prefix[:1])  # attention falls on the first token wherever it is: it stays there
+            chosen.append(
+                prefix.without_states()[:1]
+            )  # attention falls on the first token wherever it is: it stays there
         scores = attention_received(model, prefix, recitations(model, codec, part, chat_template=chat_template))
         kept = _select(prefix, [score[:, 1:].topk(end - start).indices.sort().values + 1 for score in scores])
         chosen.append(move_prefix(model, kept, end - len(part) - 1, part[:PROBE_TOKENS]))

@@ -59,6 +59,5 @@ def summary(
             written.append(codec.decode(output[0, len(asked) :].tolist()).strip())
     # The text fills what is left where a summary has fewer tokens as a text than it had when it was written.
     whole = "\n\n".join([*filter(None, written), text])
-    return KVPrefix.from_input_ids(
-        model, encode_corpus(codec, whole, num_tokens=num_tokens, chat_template=chat_template)[:num_tokens]
-    )
+    input_ids = encode_corpus(codec, whole, num_tokens=num_tokens, chat_template=chat_template)
+    return KVPrefix.from_input_ids(model, input_ids[:num_tokens]).without_states()

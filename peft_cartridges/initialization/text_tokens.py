@@ -19,7 +19,7 @@ def first_tokens(
     """Keys and values of the first `num_tokens` tokens of `text` as they stand in context, the paper's default (arXiv
     2506.06266). Only those are computed."""
     input_ids = encode_corpus(processing_class, text, num_tokens=num_tokens, chat_template=chat_template)
-    return KVPrefix.from_input_ids(model, input_ids[:num_tokens])
+    return KVPrefix.from_input_ids(model, input_ids[:num_tokens]).without_states()
 
 
 def sampled_chunks(
@@ -55,7 +55,7 @@ def sampled_chunks(
     for length, gap in zip(lengths, [0, *gaps], strict=True):
         start = len(chosen) + gap
         chosen += input_ids[start : start + length]
-    return KVPrefix.from_input_ids(model, chosen)
+    return KVPrefix.from_input_ids(model, chosen).without_states()
 
 
 def random_tokens(
@@ -68,7 +68,7 @@ def random_tokens(
     seed: int = 0,
 ) -> KVPrefix:
     """Keys and values of random tokens of the vocabulary, none of them special, behind the first token of a text: what a
-    cartridge begins with that knows nothing. A baseline (arXiv 2506.06266 has it too); `text` is not looked at."""
+    cartridge begins with that knows nothing, states included. A baseline (arXiv 2506.06266 has it too); `text` is not looked at."""
     if processing_class is None:
         raise ValueError("`processing_class` is missing: pass the tokenizer of the base model.")
     codec = ChatCodec.of(model, processing_class)

@@ -245,6 +245,11 @@ class Catalog:
                 f"Cartridge {name!r} stays visible in sliding windows (`sliding_window='pinned'`), which no engine can "
                 "do: train it with 'windowed'."
             )
+        if config.layer_states is not None:
+            raise ValueError(
+                f"Cartridge {name!r} holds states of recurrent layers (`layer_states`), which cannot be served: use it in "
+                'Python (`load_cartridge`), or train it with `recurrent_state="skip"`.'
+            )
         self._check_length(name, config.num_tokens or 0)
         for doubt in self.base.check(folder):
             logger.warning("%s", doubt)

@@ -24,7 +24,7 @@ from ..hub.base_license import read_base_license
 from ..hub.card_facts import gate_facts
 from ..hub.memory_figure import add_memory_figure
 from ..hub.model_card import is_edited
-from ..hub.push import complete_facts
+from ..hub.push import complete_facts, state_bytes
 from .training_curve import FILE_NAME
 
 if TYPE_CHECKING:
@@ -66,7 +66,8 @@ def write_run_card(trainer: SelfStudyTrainer, folder: str, **changes: Any) -> No
     for name in (config.base_model_name_or_path, facts.base_model):
         facts.license = facts.license or read_base_license(name, facts.base_model_revision)
     if facts.corpus_tokens and facts.kv_bytes and config.num_tokens:
-        facts.in_context_kv_bytes = facts.kv_bytes // config.num_tokens * facts.corpus_tokens
+        states = state_bytes(prefix)  # of one size, however long the text is
+        facts.in_context_kv_bytes = states + (facts.kv_bytes - states) // config.num_tokens * facts.corpus_tokens
     if is_edited(folder):
         save_facts(facts, folder)
         return

@@ -9,26 +9,29 @@ compiled graphs, nothing is kept.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..attention.interface import expand_tokens
-from .layer import CartridgeLayer, join_tokens
+from .layer import KeyValueLayer, StateLayer, join_tokens
+from .states import join_states
 
 
 class JoinedTokens:
-    """Keys and values of a composition of adapters, for every layer.
+    """Keys, values and states of a composition of adapters, for every layer.
 
     Args:
-        layers: The cartridge layers, by layer index.
+        layers: The attention layers with cartridges, by layer index.
+        states: The recurrent layers with cartridges, by layer index.
         names: The adapters, in order.
     """
 
-    def __init__(self, layers: Sequence[CartridgeLayer], names: tuple[str, ...]) -> None:
+    def __init__(self, layers: Sequence[KeyValueLayer], states: Sequence[StateLayer], names: tuple[str, ...]) -> None:
         self.layers = layers
+        self.states = states
         self.names = names
         self._kept: dict[int, tuple[Any, Tensor, Tensor]] = {}
 
@@ -37,7 +40,18 @@ class JoinedTokens:
         self._kept.clear()
 
     def num_tokens(self) -> int:
-        return sum(self.layers[0].adapter_configs[name].num_tokens or 0 for name in self.names)
+        configs = (self.layers or self.states)[0].adapter_configs
+        return sum(configs[name].num_tokens or 0 for name in self.names)
+
+    def get_state(self, index: int) -> Mapping[str, Tensor] | None:
+        """What a recurrent layer begins from, by the names of its parts; `None` where no adapter says.
+
+        Args:
+            index: The layer's place among `states`.
+        """
+        held = (self.states[index].get_state(name) for name in self.names) if self.states else ()
+        given = [state for state in held if state is not None]
+        return join_states(given) if given else None
 
     def get(self, index: int, module: Any, dtype: torch.dtype, *, expand: bool) -> tuple[Tensor, Tensor]:
         """Keys and values `[num_key_value_heads, num_tokens, dim]` of a layer.
@@ -60,7 +74,7 @@ class JoinedTokens:
             kept = self._kept[index] = (state, *self._make(layer, module, dtype, expand))
         return kept[1:]
 
-    def _make(self, layer: CartridgeLayer, module: Any, dtype: torch.dtype, expand: bool) -> tuple[Tensor, Tensor]:
+    def _make(self, layer: KeyValueLayer, module: Any, dtype: torch.dtype, expand: bool) -> tuple[Tensor, Tensor]:
         keys, values = zip(*(layer.get_tokens(name) for name in self.names), strict=True)
         key, value = join_tokens(*keys).to(dtype), join_tokens(*values).to(dtype)
         return expand_tokens(module, key, value) if expand else (key, value)

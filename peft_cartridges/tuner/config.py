@@ -19,13 +19,15 @@ from .quantization import check_scheme
 _OWN_FIELDS = {
     "attention": "auto",
     "sliding_window": "windowed",
-    "skip_unsupported_layers": False,
+    "recurrent_state": "train",
     "layer_shapes": None,
+    "layer_states": None,
     "layer_format": None,
     "quantization": None,
 }
 
-LAYER_FORMAT = 1
+# With one tensor per layer: of keys and values alone, and since 2 of states too.
+KEYS_AND_VALUES, WITH_STATES = 1, 2
 
 
 @dataclass
@@ -50,7 +52,8 @@ class CartridgeConfig(PeftConfig):
         default=None,
         metadata={
             "help": "Length of the cartridge in tokens: its memory, and how much it can hold. A tenth to a fortieth of "
-            "the corpus is a good start. Saved as `num_virtual_tokens`, the name it has in stock PEFT."
+            "the corpus is a good start. 0 in a model without attention (Mamba), where a cartridge is states alone, and in "
+            "a hybrid one that is to have no more. Saved as `num_virtual_tokens`, the name it has in stock PEFT."
         },
     )
     num_frozen_tokens: int = field(
@@ -75,19 +78,28 @@ class CartridgeConfig(PeftConfig):
             "conversation grows."
         },
     )
-    skip_unsupported_layers: bool = field(
-        default=False,
+    recurrent_state: Literal["train", "initialize", "skip"] = field(
+        default="train",
         metadata={
-            "help": "In a model that mixes attention with other layers (linear attention, convolutions), put the "
-            "cartridge into the attention layers and leave the others as they are, without any memory of the corpus."
+            "help": "What recurrent layers (linear attention, state spaces, convolutions), if the model has any, begin from. "
+            "`train`: a state of the cartridge, which learns as its keys and values do. `initialize`: one that stays as it "
+            "was initialized, what the text left. `skip`: nothing; the cartridge is in the attention layers alone, and "
+            "layers that can hold none are left as they are instead of being refused."
         },
     )
     layer_shapes: list[list[int] | None] | None = field(
         default=None,
         metadata={
             "help": "Set by itself where the layers of the base model are not all of one shape: (num_key_value_heads, "
-            "key_dim, value_dim) of each, null for a layer that is left out. The adapter is then saved with one tensor "
+            "key_dim, value_dim) of each, null for a layer without any. The adapter is then saved with one tensor "
             "per layer, which stock PEFT cannot load."
+        },
+    )
+    layer_states: list[dict[str, list[int]] | None] | None = field(
+        default=None,
+        metadata={
+            "help": "Set by itself where recurrent layers begin from a state: the shape of each of its parts by name, null "
+            "for a layer that has none. Stock PEFT cannot load such an adapter."
         },
     )
     layer_format: int | None = field(
@@ -129,16 +141,17 @@ class CartridgeConfig(PeftConfig):
         for name, allowed in (
             ("attention", ("auto", "merged", "concatenated")),
             ("sliding_window", ("windowed", "pinned")),
+            ("recurrent_state", ("train", "initialize", "skip")),
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"`{name}` must be one of {', '.join(allowed)}, got {getattr(self, name)!r}.")
 
         if self.quantization is not None:
             check_scheme(self.quantization)
-        if self.layer_format not in (None, LAYER_FORMAT):
+        if self.layer_format not in (None, KEYS_AND_VALUES, WITH_STATES):
             raise ValueError(
-                f"`layer_format` is {self.layer_format}, this version of peft-cartridges reads {LAYER_FORMAT}: the "
-                "adapter was saved by a newer one. Upgrade peft-cartridges."
+                f"`layer_format` is {self.layer_format}, this version of peft-cartridges reads {KEYS_AND_VALUES} and "
+                f"{WITH_STATES}: the adapter was saved by a newer one. Upgrade peft-cartridges."
             )
 
     def _reconcile_lengths(self) -> None:
@@ -149,8 +162,8 @@ class CartridgeConfig(PeftConfig):
                 "`num_tokens` is missing: give the length of the cartridge, e.g. CartridgeConfig(num_tokens=512)."
             )
         for name, value in given.items():
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"`{name}` must be a whole number of at least 1, got {value!r}.")
+            if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+                raise ValueError(f"`{name}` must be a whole number of at least 0, got {value!r}.")
         if len(set(given.values())) > 1 and self._length is not None:
             given = {name: value for name, value in given.items() if value != self._length}
         if len(set(given.values())) > 1:
@@ -158,6 +171,8 @@ class CartridgeConfig(PeftConfig):
                 f"`num_tokens={self.num_tokens}` and `num_virtual_tokens={self.num_virtual_tokens}` disagree: give one."
             )
         self.num_tokens = self.num_virtual_tokens = self._length = next(iter(given.values()))
+        if self.num_tokens == 0 and self.num_frozen_tokens == 1:
+            self.num_frozen_tokens = 0  # the default, of no token
         frozen = self.num_frozen_tokens
         if not isinstance(frozen, int) or isinstance(frozen, bool) or not 0 <= frozen <= self.num_tokens:
             raise ValueError(
@@ -200,6 +215,10 @@ class CartridgeConfig(PeftConfig):
         """Raises:
         ValueError: what a base model fills in is missing or out of its range; the message names the field.
         """
+        if not self.num_tokens and self.layer_states is None:
+            raise ValueError("`num_virtual_tokens` must be at least 1 where no layer has a state, got 0.")
+        if self.layer_states is not None and self.layer_shapes is None:
+            raise ValueError("`layer_states` is given without `layer_shapes`.")
         if self.layer_shapes is None:
             for name in ("num_layers", "num_attention_heads", "token_dim"):
                 if type(value := getattr(self, name)) is not int or value < 1:
@@ -208,10 +227,19 @@ class CartridgeConfig(PeftConfig):
                 raise ValueError(f"`token_dim` ({self.token_dim}) is no multiple of `num_attention_heads`.")
             return
         shapes = self.layer_shapes
-        held = [shape for shape in shapes if shape is not None] if isinstance(shapes, list) else []
-        sizes = [size for shape in held for size in (shape if isinstance(shape, list) and len(shape) == 3 else [0])]
-        if not held or not all(type(size) is int and size > 0 for size in sizes):
+        held = [shape for shape in shapes if shape is not None] if isinstance(shapes, list) else None
+        if held is None or not all(isinstance(shape, list) and len(shape) == 3 and _sizes(shape) for shape in held):
             raise ValueError("`layer_shapes` must be a list of [num_key_value_heads, key_dim, value_dim].")
+        states = self.layer_states
+        parts = [state for state in states if state is not None] if isinstance(states, list) else None
+        if states is not None and not (
+            parts
+            and len(states) == len(shapes)
+            and all(isinstance(part, dict) and part and all(map(_is_part, part.items())) for part in parts)
+        ):
+            raise ValueError("`layer_states` must be a list of {name: shape}, as long as `layer_shapes`.")
+        if not held and not parts:
+            raise ValueError("`layer_shapes` must be of at least one layer, or `layer_states`.")
 
     def check_window(self, model_config: Any) -> None:
         """Holds the length against the positions that a model has.
@@ -232,3 +260,13 @@ class CartridgeConfig(PeftConfig):
         fields = super().to_dict()
         del fields["num_tokens"], fields["_length"]
         return {name: value for name, value in fields.items() if name not in _OWN_FIELDS or value != _OWN_FIELDS[name]}
+
+
+def _sizes(shape: Any) -> bool:
+    return isinstance(shape, list) and bool(shape) and all(type(size) is int and size > 0 for size in shape)
+
+
+def _is_part(named: tuple[Any, Any]) -> bool:
+    """Whether it is a state's part as a file may name it: its name ends up in a tensor's and in a module's."""
+    name, shape = named
+    return isinstance(name, str) and name.isidentifier() and _sizes(shape)

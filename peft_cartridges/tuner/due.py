@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -29,6 +29,8 @@ class Composition:
         self.num_tokens = joined.num_tokens()
 
     def parts(self, layer: int, module: Any, query: Tensor) -> Sequence[LayerPrefix]:
+        if not self.num_tokens:
+            return ()
         key, value = self.tokens(layer, module, query)
         config = self.joined.layers[layer].adapter_configs[self.joined.names[0]]
         return (LayerPrefix(key, value, config.attention, config.sliding_window),)
@@ -37,6 +39,10 @@ class Composition:
         """Keys and values `[num_key_value_heads, num_tokens, dim]`."""
         key, value = self.joined.get(layer, module, query.dtype, expand=self.expands[layer])
         return key.to(query.device), value.to(query.device)
+
+    def state(self, layer: int, module: Any) -> Mapping[str, Tensor] | None:
+        """What the `layer`-th recurrent layer begins from, in every row."""
+        return self.joined.get_state(layer)
 
 
 class AdapterOfRows:
@@ -49,9 +55,10 @@ class AdapterOfRows:
 
     def __init__(self, compositions: dict[str, Composition], names: Sequence[str]) -> None:
         self.compositions = list(compositions.values())
+        self._names = list(names)
+        self._place = {name: number for number, name in enumerate(compositions)}
         lengths = [composition.num_tokens for composition in self.compositions]
-        place = {name: number for number, name in enumerate(compositions)}
-        index = [place.get(name, -1) for name in names]
+        index = [self._place.get(name, -1) for name in names]
         self.num_tokens = torch.tensor([lengths[number] if number >= 0 else 0 for number in index])
         self._index: Tensor | None = torch.tensor(index)
         self._lengths: Tensor | None = torch.tensor(lengths)
@@ -66,6 +73,8 @@ class AdapterOfRows:
         self._kept: dict[tuple[int, torch.dtype, torch.device], Any] = {}
 
     def parts(self, layer: int, module: Any, query: Tensor) -> Sequence[LayerPrefix]:
+        if not any(composition.num_tokens for composition in self.compositions):
+            return ()
         where = (layer, query.dtype, query.device)
         parameters, version, *tokens = self._kept.get(where, ((), -1))
         if version != sum(parameter._version for parameter in parameters):
@@ -81,6 +90,18 @@ class AdapterOfRows:
         config = self.compositions[0].joined.layers[layer].adapter_configs[self.compositions[0].joined.names[0]]
         key, value = tokens
         return (LayerPrefix(key, value, config.attention, config.sliding_window, self._lengths, self._index),)
+
+    def state(self, layer: int, module: Any) -> Mapping[str, Tensor] | None:
+        """What the `layer`-th recurrent layer begins from, `[batch, *shape]`; rows without an adapter from zeros, the state
+        of no text."""
+        states = [composition.state(layer, module) for composition in self.compositions]
+        some = next((state for state in states if state is not None), None)
+        if some is None:
+            return None
+        none = {name: torch.zeros_like(tensor) for name, tensor in some.items()}
+        held = [none if state is None else state for state in (*states, None)]
+        of_rows = [held[self._place.get(name, -1)] for name in self._names]
+        return {name: torch.stack([state[name] for state in of_rows]) for name in some}
 
     def _stack(self, layer: int, module: Any, query: Tensor) -> tuple[Tensor, Tensor]:
         keys, values = zip(*(c.tokens(layer, module, query) for c in self.compositions), strict=True)

@@ -2,12 +2,14 @@
 
 Layers of one shape: stock PEFT's single tensor `prompt_embeddings` `[num_tokens, num_layers * 2 * token_dim]`.
 Otherwise (the configuration then has `layer_shapes`): `layers.{i}.key` and `layers.{i}.value`, as in `KVPrefix`, for
-every layer `i` of the model that holds a part of the cartridge. With `quantization` in the configuration, each of the
-latter as `quantization.py` quantizes it, also where the layers are of one shape.
+every layer `i` of the model that holds a part of the cartridge, and `layers.{i}.state.{part}` for every part of the state
+that a recurrent layer begins from. With `quantization` in the configuration, keys and values as `quantization.py`
+quantizes them, also where the layers are of one shape; states are small, and whole.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -56,7 +58,11 @@ def prefix_to_tensors(prefix: KVPrefix, config: CartridgeConfig) -> dict[str, Te
     tensors: dict[str, Tensor] = {}
     for (index, _), key, value in zip(_held_layers(config), prefix.keys, prefix.values, strict=True):
         tensors |= {f"layers.{index}.key": key, f"layers.{index}.value": value}
-    return tensors if config.quantization is None else quantize_tensors(tensors, config.quantization)
+    if config.quantization is not None:
+        tensors = quantize_tensors(tensors, config.quantization)
+    for (index, _), state in zip(_held_states(config), prefix.states, strict=True):
+        tensors |= {f"layers.{index}.state.{part}": tensor for part, tensor in state.items()}
+    return tensors
 
 
 def tensors_to_prefix(tensors: Mapping[str, Tensor], config: CartridgeConfig) -> KVPrefix:
@@ -69,8 +75,8 @@ def tensors_to_prefix(tensors: Mapping[str, Tensor], config: CartridgeConfig) ->
     names = check_tensors({name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}, config)
     named = {name: tensors[name] for name in names}
     if config.quantization is not None:
-        shapes = dict(_keys_and_values(config))
-        named = dequantize_tensors(named, config.quantization, shapes)
+        states = {name: named[name] for name, _ in _states(config)}
+        named = {**dequantize_tensors(named, config.quantization, dict(_keys_and_values(config))), **states}
     for name, tensor in named.items():
         if not torch.isfinite(tensor).all():
             raise ValueError(f"Tensor `{name}` of the adapter file holds NaN or infinite values: the file is damaged.")
@@ -78,12 +84,14 @@ def tensors_to_prefix(tensors: Mapping[str, Tensor], config: CartridgeConfig) ->
         assert config.num_layers is not None and config.num_attention_heads is not None
         flat = named[PROMPT_EMBEDDINGS]
         return KVPrefix.from_prompt_embeddings(flat, num_layers=config.num_layers, num_heads=config.num_attention_heads)
-    in_order = tuple(named.values())
-    return KVPrefix(in_order[0::2], in_order[1::2])
+    keys = tuple(named[f"layers.{index}.key"] for index, _ in _held_layers(config))
+    values = tuple(named[f"layers.{index}.value"] for index, _ in _held_layers(config))
+    parts = [{part: named[f"layers.{index}.state.{part}"] for part in shapes} for index, shapes in _held_states(config)]
+    return KVPrefix(keys, values, tuple(parts), config.num_tokens or 0)
 
 
 def expected_tensors(config: CartridgeConfig) -> Iterator[tuple[str, TensorForm]]:
-    """Names and forms of the cartridge's tensors, each layer's key before its value. One after another: how many there
+    """Names and forms of the cartridge's tensors, each layer's key before its value, then states. One after another: how many there
     are is a number in a file, which may say anything."""
     if config.layer_shapes is None and config.quantization is None:
         columns = (config.num_layers or 0) * 2 * (config.token_dim or 0)
@@ -95,6 +103,8 @@ def expected_tensors(config: CartridgeConfig) -> Iterator[tuple[str, TensorForm]
         else:
             for part, (part_shape, dtype) in quantized_forms(name, shape, config.quantization).items():
                 yield part, TensorForm(part_shape, (dtype,))
+    for name, state_shape in _states(config):
+        yield name, TensorForm(state_shape, _WHOLE)
 
 
 def check_tensors(found: Mapping[str, tuple[tuple[int, ...], Any]], config: CartridgeConfig) -> list[str]:
@@ -139,11 +149,11 @@ def check_tensors(found: Mapping[str, tuple[tuple[int, ...], Any]], config: Cart
 def is_cartridge_tensor(name: str) -> bool:
     for suffix in SUFFIXES:
         name = name.removesuffix(suffix)
-    return name == PROMPT_EMBEDDINGS or (name.startswith("layers.") and name.endswith((".key", ".value")))
+    return name == PROMPT_EMBEDDINGS or re.fullmatch(r"layers\.\d+\.(key|value|state\.\w+)", name) is not None
 
 
 def read_prefix(path: Path, config: CartridgeConfig) -> KVPrefix:
-    """Keys and values in an adapter file, on the CPU and in the file's dtype (of a quantized one, in float32). Names,
+    """Keys, values and states in an adapter file, on the CPU and in the file's dtype (of a quantized one, in float32). Names,
     shapes and dtypes are checked in the file's header, before memory is taken for any of them.
 
     Raises:
@@ -185,7 +195,7 @@ def _keys_and_values(config: CartridgeConfig) -> Iterator[tuple[str, tuple[int, 
 
 
 def _held_layers(config: CartridgeConfig) -> Iterator[tuple[int, tuple[int, int, int]]]:
-    """Indices of the layers that hold a part of the cartridge, and their (num_key_value_heads, key_dim, value_dim)."""
+    """Indices of the layers that hold keys and values, and their (num_key_value_heads, key_dim, value_dim)."""
     if config.layer_shapes is not None:
         yield from ((index, (s[0], s[1], s[2])) for index, s in enumerate(config.layer_shapes) if s is not None)
         return
@@ -193,3 +203,14 @@ def _held_layers(config: CartridgeConfig) -> Iterator[tuple[int, tuple[int, int,
     dim = config.token_dim // config.num_attention_heads
     for index in range(config.num_layers):
         yield index, (config.num_attention_heads, dim, dim)
+
+
+def _states(config: CartridgeConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Names and shapes of the states' parts."""
+    for index, shapes in _held_states(config):
+        yield from ((f"layers.{index}.state.{part}", tuple(shape)) for part, shape in shapes.items())
+
+
+def _held_states(config: CartridgeConfig) -> Iterator[tuple[int, dict[str, list[int]]]]:
+    """Indices of the layers that hold a state, and the shapes of its parts."""
+    yield from ((index, shapes) for index, shapes in enumerate(config.layer_states or ()) if shapes is not None)

@@ -1,10 +1,10 @@
-"""`CartridgeModel`: the PEFT tuner for cartridges, an adapter inside the attention layers."""
+"""`CartridgeModel`: the PEFT tuner for cartridges, an adapter inside the attention and recurrent layers."""
 
 from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from typing import Any
 
@@ -16,13 +16,20 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from ..attention.delivery import DuePrefix, prefix_host
-from ..attention.probe import find_attention_layers, get_text_config
+from ..attention.probe import (
+    AttentionLayer,
+    RecurrentLayer,
+    UnsupportedModelError,
+    find_attention_layers,
+    find_recurrent_layers,
+    get_text_config,
+)
 from ..kv_prefix import KVPrefix
 from .buffers import JoinedTokens
-from .config import LAYER_FORMAT, CartridgeConfig
+from .config import KEYS_AND_VALUES, WITH_STATES, CartridgeConfig
 from .due import BASE_ROW, AdapterOfRows, Composition, adapters_of_rows
 from .file_format import is_cartridge_tensor, prefix_to_tensors, tensors_to_prefix
-from .layer import CartridgeLayer
+from .layer import CartridgeLayer, KeyValueLayer, StateLayer
 
 # The adapter of each row, in this thread or task, and the tuner that it is for.
 _ROWS: ContextVar[tuple[Any, tuple[str, ...]]] = ContextVar("kv_prefix_rows", default=(None, ()))
@@ -31,7 +38,8 @@ _PARTS = ("kv_prefix_frozen_key", "kv_prefix_key", "kv_prefix_frozen_value", "kv
 
 
 class CartridgeModel(BaseTuner):
-    """Puts cartridges into the attention layers of a transformers causal LM; made by `get_peft_model`.
+    """Puts cartridges into the attention layers of a transformers causal LM, keys and values, and into its recurrent
+    layers, initial states; made by `get_peft_model`.
 
     Several active adapters (`set_adapter(["a", "b"])`) are a composition: their prefixes in that order. With
     `adapter_names=[…]` in `forward` or `generate`, each row of the batch has its own (`"__base__"` for none).
@@ -60,7 +68,7 @@ class CartridgeModel(BaseTuner):
         # Another tuner on the same model (a LoRA) keeps its adapters, and we ours: PEFT would make one dictionary of
         # them, in which two adapters of one name would be one.
         # What becomes of the adapters in a forward; not to be registered as modules.
-        self.__dict__.update(_host=None, _layers=[], _joined={}, _of_rows={}, _hooks=[])
+        self.__dict__.update(_host=None, _layers=[], _states=[], _joined={}, _of_rows={}, _hooks=[])
         beside = getattr(model, "peft_config", None)
         if beside is not None:
             self.peft_config = {}
@@ -74,18 +82,27 @@ class CartridgeModel(BaseTuner):
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
         peft_config.check_window(get_text_config(self.model))
-        layers = find_attention_layers(self.model, skip_unsupported=peft_config.skip_unsupported_layers)
-        shapes = [(layer.num_key_value_heads, layer.key_dim, layer.value_dim) for layer in layers]
-        indices = [layer.layer_idx for layer in layers]
-        found: dict[str, Any] = {"num_layers": len(layers), "layer_shapes": None, "layer_format": None}
-        heads, key_dim, value_dim = shapes[0]
-        if len(set(shapes)) == 1 and key_dim == value_dim and indices == list(range(len(layers))):
-            found |= {"token_dim": heads * key_dim, "num_attention_heads": heads}
+        attention, recurrent = self._find_layers(peft_config)
+        shapes = [layer.shape for layer in attention]
+        indices = [layer.layer_idx for layer in attention]
+        found: dict[str, Any] = {
+            "num_layers": len(attention), "layer_shapes": None, "layer_states": None, "layer_format": None
+        }  # fmt: skip
+        alike = len(set(shapes)) == 1 and shapes[0][1] == shapes[0][2] and indices == list(range(len(attention)))
+        if alike and not recurrent:
+            heads, head_dim, _ = shapes[0]
+            found |= {"token_dim": heads * head_dim, "num_attention_heads": heads}
         else:
+            number = 1 + max(layer.layer_idx for layer in (*attention, *recurrent))
             by_index = {index: list(shape) for index, shape in zip(indices, shapes, strict=True)}
-            in_order = [by_index.get(index) for index in range(max(indices) + 1)]
-            found |= {"token_dim": None, "num_attention_heads": None}
-            found |= {"layer_shapes": in_order, "layer_format": LAYER_FORMAT}
+            found |= {"token_dim": None, "num_attention_heads": None, "layer_format": KEYS_AND_VALUES}
+            found["layer_shapes"] = [by_index.get(index) for index in range(number)]
+            if recurrent:
+                states = {
+                    layer.layer_idx: {name: list(state.shape) for name, state in layer.states.items()}
+                    for layer in recurrent
+                }
+                found |= {"layer_states": [states.get(index) for index in range(number)], "layer_format": WITH_STATES}
         for name, value in found.items():
             given = getattr(peft_config, name)
             if given is not None and given != value:
@@ -97,14 +114,40 @@ class CartridgeModel(BaseTuner):
                     + (f"Load the base model that it was trained on: {base!r}." if base else "Load its base model.")
                 )
             setattr(peft_config, name, value)
-        by_module = {layer.module: layer for layer in layers}
-        self._attention_layers = {
+        by_module: dict[Any, Any] = {layer.module: layer for layer in (*attention, *recurrent)}
+        self._found = {
             name.removesuffix(".base_layer"): by_module[module]
             for name, module in self.model.named_modules()
             if module in by_module
         }
-        peft_config.target_modules = set(self._attention_layers)
+        peft_config.target_modules = set(self._found)
         return peft_config
+
+    def _find_layers(self, config: CartridgeConfig) -> tuple[list[AttentionLayer], list[RecurrentLayer]]:
+        """The layers that are to hold an adapter.
+
+        Raises:
+            UnsupportedModelError: a layer of the model can hold nothing, or none is left by `recurrent_state="skip"`.
+            ValueError: `num_tokens` is above 0 and no layer holds tokens, or 0 and no layer holds anything else.
+        """
+        name, skips = type(self.model).__name__, config.recurrent_state == "skip"
+        attention = find_attention_layers(self.model, skip_unsupported=skips)
+        recurrent = [] if skips else find_recurrent_layers(self.model)
+        if not attention and not recurrent:
+            raise UnsupportedModelError(
+                f'{name} has no attention layers, and `recurrent_state="skip"` leaves the others out: nothing would hold '
+                'the cartridge. Use `recurrent_state="train"`.'
+            )
+        if not attention and config.num_tokens:
+            raise ValueError(
+                f"`num_tokens={config.num_tokens}`, but {name} has no attention layers, which keep something of every "
+                "token: its cartridge is a state for each layer, of one size. Use `CartridgeConfig(num_tokens=0)`."
+            )
+        if not recurrent and not config.num_tokens:
+            raise ValueError(
+                f"`num_tokens=0`, but {name} has no recurrent layers that begin from a state: give at least 1."
+            )
+        return attention, recurrent
 
     def _create_and_replace(
         self,
@@ -117,14 +160,16 @@ class CartridgeModel(BaseTuner):
         parameter_name: str | None = None,
     ) -> None:
         if not isinstance(target, CartridgeLayer):
-            target = CartridgeLayer(target, self._attention_layers[current_key])
+            layer = self._found[current_key]
+            kind = KeyValueLayer if isinstance(layer, AttentionLayer) else StateLayer
+            target = kind(target, layer)
             setattr(parent, target_name, target)
         target.update_layer(adapter_name, peft_config)
 
     def _post_injection_hook(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
         self._joined.clear()
         self._of_rows.clear()
-        self._layers[:] = self.cartridge_layers()
+        self._layers[:], self._states[:] = self.cartridge_layers(), self.state_layers()
         if self._host is None:
             self.__dict__["_host"] = host = prefix_host(model, skip_unsupported=True)
             # Another one around the same layers, as in a notebook whose cell is run twice, gives way.
@@ -133,9 +178,14 @@ class CartridgeModel(BaseTuner):
             if isinstance(head := _output_embeddings(model), nn.Module):
                 self._hooks.append(head.register_forward_pre_hook(_contiguous_input))
 
-    def cartridge_layers(self) -> list[CartridgeLayer]:
-        """The wrapped attention layers that hold cartridges, ordered by layer index."""
-        layers = [module for module in self.model.modules() if isinstance(module, CartridgeLayer)]
+    def cartridge_layers(self) -> list[KeyValueLayer]:
+        """The wrapped attention layers, which hold keys and values, ordered by layer index."""
+        layers = [module for module in self.model.modules() if isinstance(module, KeyValueLayer)]
+        return sorted(layers, key=lambda layer: layer.layer_idx)
+
+    def state_layers(self) -> list[StateLayer]:
+        """The wrapped recurrent layers, which hold initial states, ordered by layer index."""
+        layers = [module for module in self.model.modules() if isinstance(module, StateLayer)]
         return sorted(layers, key=lambda layer: layer.layer_idx)
 
     def _unload_and_optionally_merge(  # type: ignore[override] # PEFT's says None, and returns the model too
@@ -143,7 +193,7 @@ class CartridgeModel(BaseTuner):
     ) -> nn.Module:
         """Takes the cartridges off, and nothing else: a LoRA in the same model stays."""
         if merge:
-            self.cartridge_layers()[0].merge()
+            next(module for module in self.model.modules() if isinstance(module, CartridgeLayer)).merge()
         for name, module in list(self.model.named_modules()):
             parent, _, child = name.rpartition(".")
             if isinstance(module, CartridgeLayer):
@@ -242,7 +292,7 @@ class CartridgeModel(BaseTuner):
         return names if tuner is self else None
 
     def _names_due(self) -> tuple[str, ...]:
-        first = self._layers[0]
+        first = (self._layers or self._states)[0]
         if first.disable_adapters:
             return ()
         rows = self._rows()
@@ -250,7 +300,7 @@ class CartridgeModel(BaseTuner):
 
     def _composition(self, names: tuple[str, ...], continues: bool) -> Composition:
         if names not in self._joined:
-            self._joined[names] = JoinedTokens(self._layers, names)
+            self._joined[names] = JoinedTokens(self._layers, self._states, names)
         if not continues:
             self._joined[names].begin()
         return Composition(self._joined[names], [layer.expands for layer in self._host.layers])
@@ -258,33 +308,53 @@ class CartridgeModel(BaseTuner):
     # -- the prefix of an adapter ------------------------------------------------------------------------------------
 
     def get_kv_prefix(self, adapter_name: str = "default") -> KVPrefix:
-        """A copy of an adapter's keys and values."""
+        """A copy of an adapter's keys and values, and of the states that recurrent layers begin from."""
         self._check_adapter(adapter_name)
-        keys, values = zip(*(layer.get_tokens(adapter_name) for layer in self.cartridge_layers()), strict=True)
-        return KVPrefix(tuple(t.detach().clone() for t in keys), tuple(t.detach().clone() for t in values))
+        pairs = [layer.get_tokens(adapter_name) for layer in self.cartridge_layers()]
+        states = [state for layer in self.state_layers() if (state := layer.get_state(adapter_name)) is not None]
+        prefix = KVPrefix(
+            tuple(key for key, _ in pairs),
+            tuple(value for _, value in pairs),
+            tuple(states),
+            self._config_of(adapter_name).num_tokens or 0,
+        )
+        return prefix.map(lambda tensor: tensor.detach().clone())
 
     @torch.no_grad()
     def set_kv_prefix(self, prefix: KVPrefix, adapter_name: str = "default") -> None:
-        """Puts keys and values into an adapter, frozen tokens included.
+        """Puts keys and values into an adapter, frozen tokens included, and states, if it has any.
 
         Raises:
-            ValueError: the prefix has another number of tokens, belongs to a model of another shape, or is not finite.
+            ValueError: the prefix has another number of tokens, belongs to a model of another shape, lacks states that the
+                adapter has, or is not finite.
         """
         self._check_adapter(adapter_name)
         layers = self.cartridge_layers()
+        states = [state for layer in self.state_layers() if (state := layer.get_state(adapter_name)) is not None]
         config = self._config_of(adapter_name)
         expected = config.num_tokens
-        if prefix.num_tokens != expected:
+        if layers and prefix.num_tokens != expected:
             raise ValueError(f"`prefix` has {prefix.num_tokens} tokens, adapter {adapter_name!r} has {expected}.")
         have = [(k.shape[0], k.shape[2], v.shape[2]) for k, v in zip(prefix.keys, prefix.values, strict=True)]
         if have != (want := [layer.shape for layer in layers]):
             raise ValueError(f"`prefix` was made by another model: its layers are {have}, this model's {want}.")
-        for index, pair in enumerate(zip(prefix.keys, prefix.values, strict=True)):
-            if not all(tensor.isfinite().all() for tensor in pair):
-                raise ValueError(f"`prefix` holds NaN or infinite values in layer {index}.")
+        if states and not prefix.states:
+            raise ValueError(
+                f"`prefix` holds no states, which adapter {adapter_name!r} has in {len(states)} recurrent layers: make it "
+                'with this model, or the adapter with `recurrent_state="skip"`.'
+            )
+        if states:
+            _check_states(prefix.states, states)
+        for index, tensors in enumerate((*zip(prefix.keys, prefix.values, strict=True), *_values(prefix.states))):
+            if not all(tensor.isfinite().all() for tensor in tensors):
+                kind, number = ("layer", index) if index < len(have) else ("state", index - len(have))
+                raise ValueError(f"`prefix` holds NaN or infinite values in {kind} {number}.")
         for layer, key, value in zip(layers, prefix.keys, prefix.values, strict=True):
             for name, tensor in _split_frozen(key, value, config).items():
                 getattr(layer, name)[adapter_name].copy_(tensor)
+        for own, state in zip(states, prefix.states if states else (), strict=True):
+            for name, tensor in own.items():
+                tensor.copy_(state[name])
 
     def _config_of(self, adapter_name: str) -> CartridgeConfig:
         config = self.peft_config[adapter_name]
@@ -313,11 +383,16 @@ class CartridgeModel(BaseTuner):
                 model, config, adapter_name, state_dict, unwanted_adapter_names
             )
         keys, values = [], []
-        for name in _layer_names(model):
+        for name in _layer_names(model, KeyValueLayer):
             parts = {part: state_dict[f"{name}.{part}.{adapter_name}"] for part in _PARTS}
             keys.append(torch.cat([parts["kv_prefix_frozen_key"], parts["kv_prefix_key"]], dim=1))
             values.append(torch.cat([parts["kv_prefix_frozen_value"], parts["kv_prefix_value"]], dim=1))
-        return prefix_to_tensors(KVPrefix(tuple(keys), tuple(values)).detach(), config)
+        states = [
+            {part: state_dict[f"{name}.{part}"] for part in shapes}
+            for name, shapes in _state_names(model, config, adapter_name)
+        ]
+        prefix = KVPrefix(tuple(keys), tuple(values), tuple(states), config.num_tokens)
+        return prefix_to_tensors(prefix.detach(), config)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -327,9 +402,11 @@ class CartridgeModel(BaseTuner):
             return state_dict
         prefix = tensors_to_prefix(state_dict, config)
         remapped = {name: tensor for name, tensor in state_dict.items() if not is_cartridge_tensor(name)}
-        for name, key, value in zip(_layer_names(model), prefix.keys, prefix.values, strict=True):
+        for name, key, value in zip(_layer_names(model, KeyValueLayer), prefix.keys, prefix.values, strict=True):
             for part, tensor in _split_frozen(key, value, config).items():
                 remapped[f"{name}.{part}.{adapter_name}"] = tensor.clone()
+        for (name, _), state in zip(_state_names(model, config, adapter_name), prefix.states, strict=True):
+            remapped |= {f"{name}.{part}": tensor.float() for part, tensor in state.items()}
         return remapped
 
     @classmethod
@@ -337,11 +414,34 @@ class CartridgeModel(BaseTuner):
         return key if is_cartridge_tensor(key) else super()._remove_adapter_name_from_key(key, adapter_name)
 
 
-def _layer_names(model: nn.Module) -> list[str]:
-    """Qualified names of the cartridge layers as a state dict has them, ordered by layer index."""
-    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, CartridgeLayer)]
+def _layer_names(model: nn.Module, kind: type[CartridgeLayer]) -> list[str]:
+    """Qualified names of the cartridge layers of a kind as a state dict has them, ordered by layer index."""
+    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, kind)]
     layers.sort(key=lambda named: named[1].layer_idx)
     return [name.removeprefix("_fsdp_wrapped_module.") for name, _ in layers]
+
+
+def _state_names(model: nn.Module, config: CartridgeConfig, adapter_name: str) -> list[tuple[str, dict[str, Any]]]:
+    """Where an adapter's states are in a state dict, by layer index, each with its parts' names."""
+    shapes = [shapes for shapes in config.layer_states or () if shapes is not None]
+    kind = "kv_prefix_state" if config.recurrent_state == "train" else "kv_prefix_frozen_state"
+    names = _layer_names(model, StateLayer) if shapes else []
+    return [(f"{name}.{kind}.{adapter_name}", parts) for name, parts in zip(names, shapes, strict=True)]
+
+
+def _check_states(given: Sequence[Mapping[str, Tensor]], own: Sequence[Mapping[str, Tensor]]) -> None:
+    have, want = ([{n: tuple(t.shape) for n, t in state.items()} for state in states] for states in (given, own))
+    if len(have) != len(want):
+        raise ValueError(f"`prefix` was made by another model: it has {len(have)} states, this model {len(want)}.")
+    for index, pair in enumerate(zip(have, want, strict=True)):
+        if pair[0] != pair[1]:
+            raise ValueError(
+                f"`prefix` was made by another model: its state {index} is {pair[0]}, this model's {pair[1]}."
+            )
+
+
+def _values(states: Sequence[Mapping[str, Tensor]]) -> Iterator[tuple[Tensor, ...]]:
+    yield from (tuple(state.values()) for state in states)
 
 
 def _split_frozen(key: Tensor, value: Tensor, config: CartridgeConfig) -> dict[str, Tensor]:

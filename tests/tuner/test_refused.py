@@ -23,7 +23,6 @@ _SMALL: dict[str, Any] = {
 
 # model -> (its configuration's own fields, what the error says)
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "Mamba": ({"state_size": 4}, "MambaForCausalLM takes no `past_key_values`"),
     "Llama4": (
         {"head_dim": 8, "intermediate_size_mlp": 16, "num_local_experts": 2, "attention_chunk_size": 8},
         "chunked-attention layers.*tokens of a later chunk never see an earlier one",

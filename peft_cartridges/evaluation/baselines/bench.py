@@ -51,8 +51,8 @@ class Bench:
     text_ids: list[int] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        if self.num_tokens < 1:
-            raise ValueError(f"`num_tokens` must be at least 1, got {self.num_tokens}.")
+        if self.num_tokens < 0:
+            raise ValueError(f"`num_tokens` must be at least 0, got {self.num_tokens}.")
         self.codec = ChatCodec.of(self.model, self.processing_class)
         self.text_ids = self.codec.encode_context(self.text)  # as it stands in context
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import CacheLayerMixin
 
+from ...attention.probe import find_recurrent_layers
 from ...hidden_states import OutputHead, pad_right
 
 
@@ -24,7 +25,9 @@ def can_decode_in_slots(model: Any) -> bool:
     flash and flex attention do not."""
     config = model.config.get_text_config(decoder=True)
     other = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention", "attention"}
-    return not other and config._attn_implementation in ("eager", "sdpa")
+    if other or config._attn_implementation not in ("eager", "sdpa"):
+        return False
+    return not find_recurrent_layers(model, skip_unsupported=True)
 
 
 class _Slots:
