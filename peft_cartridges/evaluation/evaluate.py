@@ -126,8 +126,9 @@ def evaluate_systems(
         instructions=instructions, unanswerable=unanswerable, judge=judge, args=args,
     )  # fmt: skip
     return measure_systems(
-        measuring, systems, bench, baselines=baselines, command=command, progress=progress, kept=kept, finished=finished
-    )
+        measuring, systems, bench, baselines=baselines, gates=gates, command=command, progress=progress, kept=kept,
+        finished=finished,
+    )  # fmt: skip
 
 
 def prepare_measuring(
@@ -180,6 +181,7 @@ def measure_systems(
     bench: Bench,
     *,
     baselines: Sequence[str] = DEFAULT_BASELINES,
+    gates: Mapping[str, Gate] | None = None,
     command: str = "",
     progress: Callable[[str], None] | None = None,
     kept: Mapping[str, SystemResult] | None = None,
