@@ -16,6 +16,7 @@ from peft_cartridges.self_study import SelfStudySynthesizer, TransformersEngine,
 from peft_cartridges.self_study.dispatch import Dispatcher
 from peft_cartridges.self_study.engines import Outcome, Request
 from tests.self_study import runs
+from tests.serving.models import save_base, save_cartridge
 from tests.tiny_models import tiny_model, tiny_tokenizer, token_ids
 
 TOKENIZER = tiny_tokenizer()
@@ -110,3 +111,20 @@ def test_a_set_is_made_and_carried_on(engine: VLLMEngine, tmp_path: Path, target
     for row in dataset if targets == "hidden_states" else ():
         assert len(row["teacher_hidden_states"]) == SHAPE["hidden_size"] * sum(row["completion_mask"])
     assert dataset.to_dict() == synthesizer.synthesize(runs.TEXT, tmp_path).to_dict()
+
+
+# The last one here: its end takes down what vLLM holds in this process for the engine above.
+def test_the_offline_engine_with_cartridges_writes_as_its_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from peft_cartridges.serving import CartridgeLLM
+
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")  # a process has room for one engine
+    options = {"dtype": "float32", "enforce_eager": True, "max_model_len": 512}
+    save_base(tmp_path / "base")
+    cartridge = save_cartridge(tmp_path / "c", tiny_model(**SHAPE), 37, seed=3, base=str(tmp_path / "base"))
+    llm = CartridgeLLM(str(tmp_path / "base"), {"handbook": cartridge}, **options)
+    found = _run(VLLMEngine(llm, llm.get_tokenizer(), top_k=5), _requests())
+    expected = _run(TransformersEngine(tiny_model(**SHAPE), TOKENIZER), _requests())
+    assert [one.token_ids for one in found] == [one.token_ids for one in expected]
+    settings = runs.settings(num_conversations=4, conversations_per_chunk=4, teacher_targets="live")
+    synthesizer = SelfStudySynthesizer(None, TOKENIZER, settings, engines=VLLMEngine(llm, TOKENIZER))
+    assert len(synthesizer.synthesize(runs.TEXT, tmp_path / "set")) == 4
