@@ -79,8 +79,9 @@ def attention_matching(
     compacted: list[KVPrefix] = []
     for part, (start, end) in zip(parts, itertools.pairwise(borders), strict=True):
         prefix = KVPrefix.from_input_ids(model, [*sink, *part])
-        rows = ask_and_answer(model, codec, prefix, part, number=questions) if chat_template else []
-        rows = [*(rows or recitations(model, codec, part, chat_template=chat_template)), *(references or ())]
+        asked = ask_and_answer(model, codec, prefix, part, number=questions) if chat_template else []
+        own = asked or recitations(model, codec, part, chat_template=chat_template)
+        rows: list[Sequence[int]] = [*own, *(references or ())]
         weight = surprise(model, rows)
         compactor = _Compactor(prefix, end - start + 1, weight, share_of_queries, value_ridge, key_bias)
         read_behind(model, prefix, rows, compactor)
