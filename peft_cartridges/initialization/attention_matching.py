@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ..attention.probe import UnsupportedModelError, base_model, execution_device
 from ..chat import ChatCodec
+from ..hidden_states import pad_right
 from ..kv_prefix import KVPrefix, evaluating
 from .corpus_tokens import encode_corpus, recitations, window_parts
 from .moved_keys import PROBE_TOKENS, move_prefix
@@ -26,6 +27,8 @@ from .self_questions import ask_and_answer
 
 # Of the accelerated projected gradient, which has converged by then.
 _STEPS = 100
+# Tokens of the reference texts that are read at a time, with logits for each.
+_READ_ALONE = 512
 # Between these a key may count for less or more than itself.
 _LEAST, _MOST = 0.05, 20.0
 
@@ -76,8 +79,9 @@ def attention_matching(
     compacted: list[KVPrefix] = []
     for part, (start, end) in zip(parts, itertools.pairwise(borders), strict=True):
         prefix = KVPrefix.from_input_ids(model, [*sink, *part])
-        rows = ask_and_answer(model, codec, prefix, part, number=questions) if chat_template else []
-        rows = [*(rows or recitations(model, codec, part, chat_template=chat_template)), *(references or ())]
+        asked = ask_and_answer(model, codec, prefix, part, number=questions) if chat_template else []
+        own = asked or recitations(model, codec, part, chat_template=chat_template)
+        rows: list[Sequence[int]] = [*own, *(references or ())]
         weight = surprise(model, rows)
         compactor = _Compactor(prefix, end - start + 1, weight, share_of_queries, value_ridge, key_bias)
         read_behind(model, prefix, rows, compactor)
@@ -91,11 +95,15 @@ def surprise(model: Any, rows: Sequence[Sequence[int]]) -> Tensor:
     """Of all tokens of all rows, one after another, the negative log-likelihood in nats of what follows, without a text in
     front; 0 for the last of a row."""
     found, device = [], execution_device(base_model(model).get_input_embeddings())
+    together = max(1, _READ_ALONE // max(map(len, rows)))  # logits are large
     with evaluating(model):
-        for row in rows:  # one at a time: logits are large
-            ids = torch.tensor([list(row)], device=device)
-            log_probs = model(input_ids=ids, use_cache=False).logits[0, :-1].float().log_softmax(-1)
-            found += [-log_probs.gather(-1, ids[0, 1:, None])[:, 0], log_probs.new_zeros(1)]
+        for first in range(0, len(rows), together):
+            some = rows[first : first + together]
+            ids = pad_right(some).to(device)
+            log_probs = model(input_ids=ids, use_cache=False).logits[:, :-1].float().log_softmax(-1)
+            lost = -log_probs.gather(-1, ids[:, 1:, None])[..., 0]
+            for row, of_row in zip(some, lost, strict=True):
+                found += [of_row[: len(row) - 1], of_row.new_zeros(1)]
     return torch.cat(found)
 
 

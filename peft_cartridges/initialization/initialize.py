@@ -52,7 +52,9 @@ def auto(
             and is the best that there is without training.
     """
     options: dict[str, Any] = {"num_tokens": num_tokens, "chat_template": chat_template}
-    for strategy in (most_attended,) if to_train else (attention_matching, most_attended):
+    strategies: list[InitializationStrategy] = [most_attended] if to_train else [attention_matching, most_attended]
+    reason: UnsupportedModelError | None = None
+    for strategy in strategies:
         try:
             return strategy(model, processing_class, text, **options)
         except UnsupportedModelError as error:
