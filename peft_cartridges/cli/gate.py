@@ -29,7 +29,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         f"{len(GENERAL_REQUESTS)} of this package's own)",
     )  # fmt: skip
     parser.add_argument(
-        "--reject-general", type=float, default=0.85, help="the share of them that the gate is to reject (default: 0.85)"
+        "--reject-general",
+        type=float,
+        default=0.85,
+        help="the share of them that the gate is to reject (default: 0.85)",
     )
     parser.add_argument("--base-model", help="name or folder of the base model, if not the one that the cartridge says")
     parser.add_argument(
