@@ -89,7 +89,7 @@ def _requests_of(body: Mapping[str, Any]) -> list[Request]:
     cartridge's; none where that cannot be told (token ids)."""
     given = body.get("messages", body.get("input", body.get("prompt")))
     if isinstance(given, str):
-        return [given]
+        return [given] if given else []
     if not isinstance(given, list) or not given:
         return []
     if all(isinstance(one, str) for one in given):

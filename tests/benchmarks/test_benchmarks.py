@@ -118,4 +118,4 @@ def test_the_gate_benchmark_measures_every_method_and_carries_on(tmp_path: Path)
         )
         kl = record["general_kl"]
         assert kl["gated"] == 0.0 == kl["accepted"] and kl["cartridge"] > 0 < kl["full_text"]
-    assert "| words" in done.stdout and "gate : full text" in done.stdout
+    assert " words |" in done.stdout and "gate : full text" in done.stdout

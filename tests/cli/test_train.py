@@ -106,7 +106,9 @@ def test_the_gate_is_the_text_s_and_can_be_left_out_and_made_later(
     trained = Gate.from_pretrained(folder / "out")
     assert torch.equal(trained.weights, expected.weights) and trained.threshold == expected.threshold
     assert _train(folder, "--conversations", str(folder / "set"), corpus=False, name="written") == 0
-    assert torch.equal(Gate.from_pretrained(folder / "written").words, expected.words)  # the chunks cover the text
+    written_about = set(Gate.from_pretrained(folder / "written").words.tolist())  # the chunks that were drawn
+    assert len(expected.words) * 0.6 < len(written_about & set(expected.words.tolist()))
+    assert len(written_about - set(expected.words.tolist())) <= 2 * 4  # words that a chunk's ends cut
 
     assert _train(folder, "--steps", "0", "--gate", "false", *SYNTHESIS, name="none") == 0
     none = folder / "none"
