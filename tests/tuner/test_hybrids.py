@@ -161,6 +161,35 @@ def test_several_adapters(name: str) -> None:
     assert torch.equal(logits(peft_model.unload()), bare)
 
 
+def test_states_that_do_not_join(tmp_path: Path) -> None:
+    model = tiny_causal_lm("rwkv")
+    other = KVPrefix.from_input_ids(model, OTHER)
+    peft_model = cartridge(model, adapter_name="a")
+    peft_model.add_adapter("b", CartridgeConfig(num_tokens=0))
+    initialize_cartridge(peft_model, prefix=other, adapter_name="b")
+    with pytest.raises(ValueError, match="neither that of a linear recurrence nor of a convolution"):
+        compose(peft_model, ["a", "b"], adapter_name="both")
+    for name, options in (("a", {}), ("b", {"recurrent_state": "skip"})):
+        cartridge(tiny_causal_lm("falcon_h1"), **options).save_pretrained(tmp_path / name)
+    with pytest.raises(ValueError, match="one holds states of recurrent layers and the other does not"):
+        compose([str(tmp_path / "a"), str(tmp_path / "b")], output_dir=tmp_path / "both")
+
+
+def test_a_composition_of_files(tmp_path: Path) -> None:
+    model = tiny_causal_lm("mamba2")
+    prefixes = [KVPrefix.from_input_ids(model, ids) for ids in (TEXT, OTHER)]
+    for name, prefix in zip(("a", "b"), prefixes, strict=True):
+        cartridge(tiny_causal_lm("mamba2"), prefix).save_pretrained(tmp_path / name)
+    compose([str(tmp_path / "a"), str(tmp_path / "b")], output_dir=tmp_path / "both")
+    _, both = read_cartridge(tmp_path / "both")
+    for joined, one, other in zip(both.states, *(prefix.states for prefix in prefixes), strict=True):
+        assert_close(joined["recurrent"], one["recurrent"] + other["recurrent"])
+        assert_close(joined["conv"], (one["conv"] + other["conv"]) / 2)
+    again = PeftModel.from_pretrained(tiny_causal_lm("mamba2"), tmp_path / "both")
+    with shared_prefix(model, both):
+        assert_close(logits(again), logits(model))
+
+
 @pytest.mark.parametrize("name", ["qwen3_next", "falcon_h1"])
 def test_states_that_are_not_trained(name: str, tmp_path: Path) -> None:
     peft_model = cartridge(tiny_causal_lm(name), recurrent_state="initialize")
