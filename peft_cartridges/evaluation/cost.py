@@ -61,7 +61,9 @@ class ModelShape:
             active += parameter.numel() * share
         kinds = getattr(text, "layer_types", None) or ["full_attention"] * text.num_hidden_layers
         layers = sum("attention" in kind and "linear" not in kind for kind in kinds)
-        heads = text.num_attention_heads
+        heads = getattr(text, "num_attention_heads", None)
+        if not layers or not heads:  # recurrent layers alone, whose memory does not grow with the text
+            return cls(round(active), 0, 0, total * dtype_bytes, dtype_bytes)
         width = getattr(text, "head_dim", None) or text.hidden_size // heads
         if latent := getattr(text, "kv_lora_rank", None):
             per_layer = latent + text.qk_rope_head_dim
@@ -77,7 +79,9 @@ def _first(config: Any, *names: str) -> int | None:
 
 @functools.lru_cache(maxsize=8)
 def _shape_of(kind: str, settings: str) -> ModelShape:
-    given = {name: value for name, value in json.loads(settings).items() if name != "model_type"}
+    # transformers writes infinite numbers as {"__float__": "Infinity"}.
+    read = json.loads(settings, object_hook=lambda found: float(found["__float__"]) if "__float__" in found else found)
+    given = {name: value for name, value in read.items() if name != "model_type"}
     return ModelShape.of(AutoConfig.for_model(kind, **given))
 
 

@@ -283,7 +283,7 @@ def test_files(tmp_path: Path) -> None:
         rf"`{some}`.*has shape": {**tensors, some: tensors[some][:1]},
         rf"`{some}`.*NaN or infinite": {**tensors, some: tensors[some] * torch.inf},
         rf"`{some}` has dtype I8": {**tensors, some: tensors[some].to(torch.int8)},
-        "is no part of a cartridge": {**tensors, "layers.0.state.more": tensors[some]},
+        "is no part of a cartridge": {**tensors, "layers.0.state.more": tensors[some].clone()},
     }
     for message, changed in faults.items():
         save_file(changed, path)
