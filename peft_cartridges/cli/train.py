@@ -76,7 +76,7 @@ class ModelArguments:
     _argument_group_name = "model and cartridge"
 
     model: str = field(metadata={"help": "Base model: a name on the Hub, or a folder."})
-    num_tokens: int = field(default=512, metadata={"help": "Length of the cartridge in tokens."})
+    num_tokens: int = field(default=512, metadata={"help": "Length of the cartridge in tokens; 0 for states alone (Mamba)."})
     num_frozen_tokens: int = field(
         default=1, metadata={"help": "First tokens that are not trained: an attention sink (paper: 1)."}
     )
@@ -225,8 +225,8 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError(f"--model: {args.model.model!r} is neither a folder nor a name on the Hub (`user/name`).")
     if args.model.load_in_4bit and args.model.load_in_8bit:
         raise ValueError("--load-in-4bit and --load-in-8bit do not go together: choose one.")
-    if args.model.num_tokens < 1:
-        raise ValueError(f"--num-tokens must be at least 1, got {args.model.num_tokens}.")
+    if args.model.num_tokens < 0:
+        raise ValueError(f"--num-tokens must be at least 0, got {args.model.num_tokens}.")
 
 
 def _make_trainer(
@@ -285,6 +285,9 @@ def _report(args: argparse.Namespace, documents: list[Document], tokenizer: Any)
         _say(f"Corpus: {len(documents):,} document{plural}, {tokens:,} tokens")
         if not args.data.conversations:
             _say(f"To write: {estimate_run(settings, chunker.lengths, hidden_size=config.hidden_size)}")
+    if not model.num_tokens:
+        _say("Cartridge: states of recurrent layers alone")
+        return
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     numbers = model.num_tokens * config.num_hidden_layers * 2 * heads * width
