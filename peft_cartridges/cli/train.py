@@ -76,7 +76,9 @@ class ModelArguments:
     _argument_group_name = "model and cartridge"
 
     model: str = field(metadata={"help": "Base model: a name on the Hub, or a folder."})
-    num_tokens: int = field(default=512, metadata={"help": "Length of the cartridge in tokens; 0 for states alone (Mamba)."})
+    num_tokens: int = field(
+        default=512, metadata={"help": "Length of the cartridge in tokens; 0 for states alone (Mamba)."}
+    )
     num_frozen_tokens: int = field(
         default=1, metadata={"help": "First tokens that are not trained: an attention sink (paper: 1)."}
     )

@@ -162,8 +162,7 @@ class CartridgeModel(BaseTuner):
     ) -> None:
         if not isinstance(target, CartridgeLayer):
             layer = self._found[current_key]
-            kind = KeyValueLayer if isinstance(layer, AttentionLayer) else StateLayer
-            target = kind(target, layer)
+            target = KeyValueLayer(target, layer) if isinstance(layer, AttentionLayer) else StateLayer(target, layer)
             setattr(parent, target_name, target)
         target.update_layer(adapter_name, peft_config)
 
