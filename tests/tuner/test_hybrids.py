@@ -291,7 +291,7 @@ def test_files(tmp_path: Path) -> None:
             PeftModel.from_pretrained(tiny_causal_lm("qwen3_next"), tmp_path)
     save_file(tensors, path)
     with pytest.raises(ValueError, match=r"The cartridge does not fit the model"):
-        PeftModel.from_pretrained(tiny_causal_lm("olmo_hybrid"), tmp_path)
+        PeftModel.from_pretrained(tiny_causal_lm("jamba"), tmp_path)
     for change, message in (
         ({"layer_format": 3}, r"`layer_format` is 3.*Upgrade peft-cartridges"),
         ({"layer_states": [{"a.b": [2]}, *fields["layer_states"][1:]]}, r"`layer_states` must be a list"),
