@@ -59,20 +59,16 @@ _DELTA_NET = {
     "linear_num_value_heads": 2, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
 }  # fmt: skip
 _BAMBA = {
-    **_ATTENTION, "mamba_n_heads": 4, "mamba_d_head": WIDTH // 2, "mamba_d_state": 64, "mamba_chunk_size": 16,
+    **_ATTENTION, "mamba_n_heads": 4, "mamba_d_head": WIDTH // 2, "mamba_d_state": 32, "mamba_chunk_size": 16,
     "initializer_range": 0.1,
 }  # fmt: skip
 _MAMBA = {"num_heads": 4, "head_dim": WIDTH // 2, "state_size": 64, "n_groups": 1, "chunk_size": 16}
-_LINEAR = ["linear_attention"] * 3
 # Name -> class, options of its configuration, rows of a batch and learning rate in training.
 MODELS: dict[str, tuple[str, dict[str, Any], int, float]] = {
-    "Gated-DeltaNet hybrid, attention last (Qwen3.5)": (
-        "Qwen3_5TextConfig", {**_DELTA_NET, "layer_types": [*_LINEAR, "full_attention"]}, 32, 3e-3
+    "Gated-DeltaNet hybrid (Qwen3.5)": (
+        "Qwen3_5TextConfig", {**_DELTA_NET, "layer_types": ["linear_attention"] * 3 + ["full_attention"]}, 32, 3e-3
     ),
-    "Gated-DeltaNet hybrid, attention first": (
-        "Qwen3_5TextConfig", {**_DELTA_NET, "layer_types": ["full_attention", *_LINEAR]}, 32, 3e-3
-    ),
-    "Mamba-2 hybrid, attention first (Bamba)": ("BambaConfig", {**_BAMBA, "attn_layer_indices": [0]}, 64, 3e-3),
+    "Mamba-2 hybrid (Bamba)": ("BambaConfig", {**_BAMBA, "attn_layer_indices": [2]}, 32, 4e-3),
     "Mamba-2": ("Mamba2Config", _MAMBA, 64, 3e-3),
 }  # fmt: skip
 
@@ -215,6 +211,7 @@ SYSTEMS = {
     "keys and values, trained": System("skip", None),
     "states of the text; keys and values, trained": System("initialize", TOKENS),
     "states, keys and values, trained": System("train", TOKENS),
+    "states and as many keys and values as without, trained": System("train", None),
 }
 
 

@@ -3,6 +3,8 @@
 The rules, which `docs/composition.md` explains:
 
 - Keys and values are concatenated along the tokens. Keys keep the positions that they were trained at.
+- States of recurrent layers do not concatenate: those of recurrences are added up, of convolutions the mean is taken
+  (`tuner/states.py`).
 - One attention sink is kept: where the first part has frozen tokens, those of the later parts are left out
   (`sinks="first"`). `sinks="all"` keeps every token, as stock PEFT and `set_adapter([…])` do.
 - As many first tokens are frozen in the result as in the first part.

@@ -79,7 +79,13 @@ class ModelShape:
             active += parameter.numel() * share
         kinds = getattr(text, "layer_types", None) or ["full_attention"] * text.num_hidden_layers
         layers = sum("attention" in kind and "linear" not in kind for kind in kinds)
-        heads = text.num_attention_heads
+        heads = getattr(text, "num_attention_heads", None)
+        head_parameters = 0 if head is None else head.weight.numel()
+        if not layers or not heads:  # recurrent layers alone, whose memory does not grow with the text
+            return cls(
+                round(active), 0, 0, total * dtype_bytes, dtype_bytes, head_parameters, text.hidden_size,
+                text.num_hidden_layers,
+            )  # fmt: skip
         width = getattr(text, "head_dim", None) or text.hidden_size // heads
         if latent := getattr(text, "kv_lora_rank", None):
             per_layer = latent + text.qk_rope_head_dim
@@ -88,7 +94,7 @@ class ModelShape:
         keeping = layers - (getattr(text, "num_kv_shared_layers", None) or 0)
         return cls(
             round(active), layers * heads * width, keeping * per_layer, total * dtype_bytes, dtype_bytes,
-            0 if head is None else head.weight.numel(), text.hidden_size, text.num_hidden_layers,
+            head_parameters, text.hidden_size, text.num_hidden_layers,
         )  # fmt: skip
 
 
@@ -104,7 +110,9 @@ def _first(config: Any, *names: str) -> int | None:
 def _shape_of(kind: str, settings: str) -> ModelShape:
     from transformers import AutoConfig
 
-    given = {name: value for name, value in json.loads(settings).items() if name != "model_type"}
+    # transformers writes infinite numbers as {"__float__": "Infinity"}.
+    read = json.loads(settings, object_hook=lambda found: float(found["__float__"]) if "__float__" in found else found)
+    given = {name: value for name, value in read.items() if name != "model_type"}
     return ModelShape.of(AutoConfig.for_model(kind, **given))
 
 

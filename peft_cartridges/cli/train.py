@@ -85,7 +85,10 @@ class ModelArguments:
     model: str = field(metadata={"help": "Base model: a name on the Hub, or a folder."})
     num_tokens: int | None = field(
         default=None,
-        metadata={"help": "Length of the cartridge in tokens; by default a tenth of the corpus, at most 8,192."},
+        metadata={
+            "help": "Length of the cartridge in tokens; by default a tenth of the corpus, at most 8,192. 0: the states of "
+            "recurrent layers alone (Mamba)."
+        },
     )
     num_frozen_tokens: int = field(
         default=1, metadata={"help": "First tokens that are not trained: an attention sink (paper: 1)."}
@@ -245,8 +248,8 @@ def _check(args: argparse.Namespace) -> None:
             f"--steps 0 would put an untrained cartridge in the place of the one in {args.trainer.output_dir}: give "
             "another --output-dir."
         )
-    if args.model.num_tokens is not None and args.model.num_tokens < 1:
-        raise ValueError(f"--num-tokens must be at least 1, got {args.model.num_tokens}.")
+    if args.model.num_tokens is not None and args.model.num_tokens < 0:
+        raise ValueError(f"--num-tokens must be at least 0, got {args.model.num_tokens}.")
 
 
 def _check_servers(args: argparse.Namespace, tokenizer: Any) -> None:
@@ -310,20 +313,25 @@ def _prepare(args: argparse.Namespace, documents: list[Document], tokenizer: Any
             mode=settings.chunking,
         ).lengths
     tokens = sum(lengths.values()) if documents else _tokens_behind(args.data.conversations)
+    config = AutoConfig.from_pretrained(
+        model.model, revision=model.model_revision, trust_remote_code=model.trust_remote_code
+    ).get_text_config(decoder=True)
     suggested = ""
-    if model.num_tokens is None:
+    if model.num_tokens is None and not getattr(config, "num_attention_heads", None):
+        model.num_tokens = 0
+    elif model.num_tokens is None:
         model.num_tokens, smaller, larger = (suggest_num_tokens(tokens, share) for share in (10, 20, 5))
         suggested = f" (--num-tokens; {smaller:,} is bold, {larger:,} is safe)" if tokens else " (--num-tokens)"
     if args.trainer.process_index:
         return
-    config = AutoConfig.from_pretrained(
-        model.model, revision=model.model_revision, trust_remote_code=model.trust_remote_code
-    ).get_text_config(decoder=True)
     if documents:
         plural = "" if len(documents) == 1 else "s"
         _say(f"Corpus: {len(documents):,} document{plural}, {tokens:,} tokens")
         if not args.data.conversations:
             _say(f"To write: {estimate_run(settings, lengths, hidden_size=config.hidden_size)}")
+    if not model.num_tokens:
+        _say("Cartridge: states of recurrent layers alone")
+        return
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     each = config.num_hidden_layers * 2 * heads * width

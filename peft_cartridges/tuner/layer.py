@@ -145,7 +145,8 @@ class StateLayer(CartridgeLayer):
         """The state of an adapter by its parts' names, or `None` where it has none."""
         for held in (self.kv_prefix_state, self.kv_prefix_frozen_state):
             if adapter_name in held:
-                return dict(held[adapter_name].items())
+                parts: Any = held[adapter_name]  # a dictionary of parameters, or of buffers
+                return dict(parts.items())
         return None
 
 

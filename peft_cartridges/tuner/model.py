@@ -93,7 +93,7 @@ class CartridgeModel(BaseTuner):
             heads, head_dim, _ = shapes[0]
             found |= {"token_dim": heads * head_dim, "num_attention_heads": heads}
         else:
-            number = 1 + max(layer.layer_idx for layer in (*attention, *recurrent))
+            number = 1 + max([layer.layer_idx for layer in attention] + [layer.layer_idx for layer in recurrent])
             by_index = {index: list(shape) for index, shape in zip(indices, shapes, strict=True)}
             found |= {"token_dim": None, "num_attention_heads": None, "layer_format": KEYS_AND_VALUES}
             found["layer_shapes"] = [by_index.get(index) for index in range(number)]
@@ -114,7 +114,8 @@ class CartridgeModel(BaseTuner):
                     + (f"Load the base model that it was trained on: {base!r}." if base else "Load its base model.")
                 )
             setattr(peft_config, name, value)
-        by_module: dict[Any, Any] = {layer.module: layer for layer in (*attention, *recurrent)}
+        by_module: dict[Any, AttentionLayer | RecurrentLayer] = {layer.module: layer for layer in attention}
+        by_module |= {layer.module: layer for layer in recurrent}
         self._found = {
             name.removesuffix(".base_layer"): by_module[module]
             for name, module in self.model.named_modules()
@@ -161,8 +162,7 @@ class CartridgeModel(BaseTuner):
     ) -> None:
         if not isinstance(target, CartridgeLayer):
             layer = self._found[current_key]
-            kind = KeyValueLayer if isinstance(layer, AttentionLayer) else StateLayer
-            target = kind(target, layer)
+            target = KeyValueLayer(target, layer) if isinstance(layer, AttentionLayer) else StateLayer(target, layer)
             setattr(parent, target_name, target)
         target.update_layer(adapter_name, peft_config)
 
@@ -352,9 +352,9 @@ class CartridgeModel(BaseTuner):
         for layer, key, value in zip(layers, prefix.keys, prefix.values, strict=True):
             for name, tensor in _split_frozen(key, value, config).items():
                 getattr(layer, name)[adapter_name].copy_(tensor)
-        for own, state in zip(states, prefix.states if states else (), strict=True):
+        for own, given in zip(states, prefix.states if states else (), strict=True):
             for name, tensor in own.items():
-                tensor.copy_(state[name])
+                tensor.copy_(given[name])
 
     def _config_of(self, adapter_name: str) -> CartridgeConfig:
         config = self.peft_config[adapter_name]

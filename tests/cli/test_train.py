@@ -201,7 +201,7 @@ def test_yaml_and_the_command_line_share_their_options(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--num-tokens", "0"], "--num-tokens must be at least 1, got 0"),
+        (["--num-tokens", "-1"], "--num-tokens must be at least 0, got -1"),
         (["--loss-type", "kl"], "`loss_type` must be one of forward_kl"),
         (["--load-in-4bit", "--load-in-8bit"], "--load-in-4bit and --load-in-8bit do not go together"),
         (["--gold-questions", "missing.jsonl"], "missing.jsonl"),
