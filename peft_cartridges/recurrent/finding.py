@@ -118,9 +118,10 @@ def find_recurrent_layer(
     return layer
 
 
-@torch.no_grad()
+@torch.enable_grad()
 def _ignored_states(layer: RecurrentLayer, call: RecordedCall) -> list[str]:
-    """The states that make no difference to what the module gives for some tokens. On `meta` nothing can be told."""
+    """The states that make no difference to what the module gives for some tokens. On `meta` nothing can be told. With
+    gradients, as bitsandbytes packs 4-bit weights when it sees inference on a CPU, and does not train them after."""
     hidden = call.arguments[layer.parameters[0]]
     if hidden.is_meta:
         return []
@@ -136,7 +137,7 @@ def _ignored_states(layer: RecurrentLayer, call: RecordedCall) -> list[str]:
     def draw(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         return torch.randn(1, *shape, generator=generator).to(hidden.device, dtype)
 
-    arguments[layer.parameters[0]] = draw((_TRIED_TOKENS, hidden.shape[2]), hidden.dtype)
+    arguments[layer.parameters[0]] = draw((_TRIED_TOKENS, hidden.shape[2]), hidden.dtype).requires_grad_()
     begin = {name: draw(state.shape, state.dtype) for name, state in layer.states.items()}
 
     def output(states: Mapping[str, Tensor]) -> list[Tensor]:

@@ -176,16 +176,21 @@ def test_gradients_are_those_of_differences(name: str) -> None:
     batch = batch_of(model, "left")
     prefix = KVPrefix.from_input_ids(model, TEXT)
     gradients = _gradients(model, prefix, batch)
+    assert sum(bool(gradient.any()) for gradient in gradients) > len(gradients) // 2
     for number, gradient in enumerate(gradients):
-        assert gradient.abs().sum() > 0
-        towards = gradient / gradient.norm()
-        values, size = [], min(1e-2, 1 / gradient.norm().item())
+        # xLSTM's normalizer counts only where it exceeds a bound: where it does not, nothing may change.
+        towards = (
+            gradient if gradient.any() else torch.randn(gradient.shape, generator=torch.Generator().manual_seed(5))
+        )
+        towards = towards / towards.norm()
+        slope = (gradient * towards).sum()
+        values, size = [], min(1e-2, 1 / max(slope.item(), 1e-6))
         for step in (size, -size):
             moved = iter([t + step * towards if i == number else t for i, t in enumerate(prefix.tensors())])
             with torch.no_grad(), shared_prefix(model, prefix.map(lambda tensor: next(moved))):  # noqa: B023
                 values.append((model(**batch).logits * _direction(batch)).sum())
         difference = (values[0] - values[1]) / (2 * size)
-        torch.testing.assert_close(difference, gradient.norm(), rtol=0.03, atol=0.03)
+        torch.testing.assert_close(difference, slope, rtol=0.03, atol=0.03)
 
 
 @pytest.mark.parametrize("name", KINDS)
