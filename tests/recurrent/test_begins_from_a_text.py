@@ -262,6 +262,25 @@ def test_threads_copies_and_leaving(name: str) -> None:
             assert torch.equal(model(input_ids=row).logits, bare)
 
 
+@pytest.mark.parametrize("name", ["lfm2", "mamba"])
+def test_compiled(name: str) -> None:
+    """The graph breaks where a context is read; Mamba-1's scan from a state is no part of it."""
+    torch.compiler.reset()
+    model = tiny_causal_lm(name)
+    row = ROWS[0][None]
+    with torch.no_grad():
+        bare = model(input_ids=row).logits
+    prefix = KVPrefix.from_input_ids(model, TEXT)
+    expected = in_context(model, ROWS[0])
+    shared_prefix(model, prefix)  # prepares the model
+    compiled: Any = torch.compile(model, backend="eager")
+    with torch.no_grad():
+        for _ in range(2):
+            close(compiled(input_ids=row, use_cache=False).logits, bare)
+            with shared_prefix(model, prefix):
+                close(compiled(input_ids=row, use_cache=False).logits[0], expected)
+
+
 def test_two_states_do_not_nest() -> None:
     model = tiny_causal_lm("qwen3_next")
     prefix = KVPrefix.from_input_ids(model, TEXT)
