@@ -10,18 +10,21 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import DynamicCache, StaticCache
+from transformers import DynamicCache, StaticCache, cache_utils
 from transformers.models.qwen3_next import modeling_qwen3_next
 
 from peft_cartridges import KVPrefix, UnsupportedModelError, shared_prefix
 from peft_cartridges.attention.probe import get_text_config
-from tests.causal_lms import tiny_causal_lm
+from tests.causal_lms import TYPES, tiny_causal_lm
 from tests.exactness import pad, unpad
 
-NAMES = [
+_TRIED = [
     "bailing_hybrid", "bamba", "falcon_h1", "falcon_mamba", "granitemoehybrid", "jamba", "kimi_linear", "lfm2", "lfm2_moe", "lfm3", "mamba", "mamba2",
     "nemotron_h", "olmo_hybrid", "qwen3_5_text", "qwen3_next", "zamba", "zamba2", "zaya",
 ]  # fmt: skip
+NAMES = [name for name in _TRIED if name in TYPES]
+if not hasattr(cache_utils, "DummyLayer"):  # since transformers 5.23, by which layers are known that keep nothing
+    NAMES.remove("nemotron_h")
 # These keep their states past transformers' caches.
 OWN = ["rwkv", "xlstm"]
 # One of each kind: gated delta rule, Mamba-2 beside attention, short convolution, Mamba-1 and Mamba-2 by themselves.
