@@ -288,8 +288,8 @@ class PrefixHost:
         return running.plans[id(mask)][1]
 
     def _note_padding(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        named = {**dict(zip(inspect.signature(model.forward).parameters, args, strict=False)), **kwargs}
-        _PADDING.set(named.get("attention_mask"))
+        named = dict(zip(inspect.signature(model.forward).parameters, args, strict=False))
+        _PADDING.set({**named, **kwargs}.get("attention_mask"))
 
     def _forget_padding(self, model: nn.Module, args: Any, output: Any) -> None:
         _PADDING.set(None)
@@ -326,16 +326,14 @@ class PrefixHost:
                 inputs, tokens, functools.reduce(operator.add, [prefix.num_tokens for prefix in due])
             )
         forward = _Forward(self, due, positions)
-        forward.mask = _PADDING.get() if inputs.get("attention_mask") is None else inputs["attention_mask"]
+        forward.mask = inputs.get("attention_mask")
+        if forward.mask is None and len(self.hooks) > 2:
+            forward.mask = _PADDING.get()
         forward.is_first = is_first(inputs.get(self.cache_parameter))
-        forward.unverified = (
-            None
-            if torch.compiler.is_compiling()
-            else find_unverified(due, inputs, tokens, inputs.get(self.cache_parameter))
-        )
         if torch.compiler.is_compiling():
             self.traced = forward
         else:
+            forward.unverified = find_unverified(due, inputs, tokens, inputs.get(self.cache_parameter))
             forward.before = _FORWARD.get()
             _FORWARD.set(forward)
             with self._lock:

@@ -106,8 +106,8 @@ class CacheMemory:
         own: Any,
     ) -> tuple[Any, dict[str, Tensor]]:
         starting = StartingLayer(begin, record_past=own is not None and own.record_past)
-        with contextlib.nullcontext() if self.aid is None else self.aid(begin):
-            output = forward(**{**arguments, self.cache_parameter: starting_cache(layer.layer_idx, starting)})
+        arguments = {**arguments, self.cache_parameter: starting_cache(layer.layer_idx, starting)}
+        output = forward(**arguments) if self.aid is None else _run_aided(self.aid, begin, forward, arguments)
         return output, cached_states(starting)
 
     def keep(self, layer: RecurrentLayer, own: Any, states: Mapping[str, Tensor]) -> None:
@@ -123,3 +123,10 @@ class CacheMemory:
 
     def output(self, output: Any, own: Any, states: Mapping[str, Tensor]) -> Any:
         return output
+
+
+@torch.compiler.disable
+def _run_aided(aid: Aid, begin: Mapping[str, Tensor], forward: Callable[..., Any], arguments: Mapping[str, Any]) -> Any:
+    """Outside of compiled graphs, which cannot read what an aid tells the module's code."""
+    with aid(begin):
+        return forward(**arguments)
