@@ -14,7 +14,7 @@ from transformers import DynamicCache, StaticCache, cache_utils
 from transformers.models.qwen3_next import modeling_qwen3_next
 
 from peft_cartridges import KVPrefix, UnsupportedModelError, shared_prefix
-from peft_cartridges.attention.probe import get_text_config
+from peft_cartridges.attention.probe import find_recurrent_layers, get_text_config
 from tests.causal_lms import TYPES, tiny_causal_lm
 from tests.exactness import pad, unpad
 
@@ -327,3 +327,11 @@ def test_a_kernel_that_begins_from_zero(monkeypatch: pytest.MonkeyPatch) -> None
     with pytest.raises(UnsupportedModelError, match=r"`model.layers.0.linear_attn` .* begins every text from zero"):
         shared_prefix(model, prefix)
     assert ["forward" in module.__dict__ for _, module in model.named_modules()] == ["forward" in d for _, d in before]
+
+
+@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_layers_are_found_in_half_precision(name: str, dtype: torch.dtype) -> None:
+    """Where a state that decays within a token makes little difference."""
+    wanted, found = (find_recurrent_layers(tiny_causal_lm(name).to(dtype)) for dtype in (torch.float32, dtype))
+    assert [layer.layer_idx for layer in found] == [layer.layer_idx for layer in wanted]
