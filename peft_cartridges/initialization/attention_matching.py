@@ -1,10 +1,9 @@
 """Few keys and values that make each head's attention give what it gave with the whole text.
 
-After attention matching (arXiv 2602.16284): questions about the corpus and their answers, which the model writes itself, are
-read behind it, layer by layer with the compacted layers below in place; of each head the keys that are attended to most are
-kept, and their values are fitted in closed form. Ours is what counts as most: an attention weight counts by how surprising
-the token is that it helps to predict, without the corpus. Where the words would have come anyway, nothing has to be
-remembered.
+After attention matching (arXiv 2602.16284): reference texts are read behind the corpus, layer by layer with the compacted
+layers below in place; of each head the keys that are attended to most are kept, and their values are fitted in closed
+form. Ours is what counts as most: an attention weight counts by how surprising the token is that it helps to predict,
+without the corpus. Where the words would have come anyway, nothing has to be remembered.
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ def attention_matching(
     *,
     num_tokens: int,
     chat_template: bool,
-    questions: int = 48,
+    questions: int = 0,
     share_of_queries: float = 0.4,
     value_ridge: float = 1.0,
     key_bias: bool = False,
@@ -50,9 +49,8 @@ def attention_matching(
     longer than 8,192 tokens, or than the model's window, is compacted in parts, of which each has an equal share.
 
     Args:
-        questions: How many questions about each part of the text the model writes and answers. With 0, and where there is
-            no chat template, it recites the text instead, which stays nearer to the words of the text and further from what
-            people ask.
+        questions: How many questions about each part of the text the model writes and answers, to ask these instead of a
+            recitation of the text. 0, or no chat template: the recitation, which was the better with a small model.
         share_of_queries: How many of their tokens are asked what they attend to: those that are the most surprising
             without the text. Time grows with it.
         value_ridge: How much the values are held to those of their tokens, in units of the mean squared attention

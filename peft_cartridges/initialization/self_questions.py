@@ -1,7 +1,7 @@
 """Questions about a text and their answers, which the model writes itself with the text in front.
 
-What people ask is other than reading on: a question names something and wants it found. So the conversations that
-compaction asks on are short questions, each about another place of the text, as self-study has them (arXiv 2506.06266).
+Short questions, each about another place of the text, as self-study has them (arXiv 2506.06266): what compaction can ask
+instead of a recitation.
 """
 
 from __future__ import annotations
