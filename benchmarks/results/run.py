@@ -329,9 +329,9 @@ class Run:
         self.model = trainer.model.unload().eval()
         facts = {
             "num_tokens": num_tokens, "text_tokens": tokens, "steps": steps, "conversations": len(conversations),
-            "synthesis_seconds": round(synthesis_seconds, 1),
-            "start_seconds": round(begin_of_training.at - start, 1),
-            "train_seconds": round(end - begin_of_training.at, 1), "losses": losses,
+            "synthesis_seconds": round(synthesis_seconds, 3),
+            "start_seconds": round(begin_of_training.at - start, 3),
+            "train_seconds": round(end - begin_of_training.at, 3), "losses": losses,
         }  # fmt: skip
         save_file({"prompt_embeddings": prefix.to_prompt_embeddings().cpu()}, file)
         facts_file.write_text(json.dumps(facts))

@@ -1,10 +1,9 @@
 """Few keys and values that make each head's attention give what it gave with the whole text.
 
-After attention matching (arXiv 2602.16284): questions about the corpus and their answers, which the model writes itself, are
-read behind it, layer by layer with the compacted layers below in place; of each head the keys that are attended to most are
-kept, and their values are fitted in closed form. Ours is what counts as most: an attention weight counts by how surprising
-the token is that it helps to predict, without the corpus. Where the words would have come anyway, nothing has to be
-remembered.
+After attention matching (arXiv 2602.16284): reference texts are read behind the corpus, layer by layer with the compacted
+layers below in place; of each head the keys that are attended to most are kept, and their values are fitted in closed
+form. Ours is what counts as most: an attention weight counts by how surprising the token is that it helps to predict,
+without the corpus. Where the words would have come anyway, nothing has to be remembered.
 """
 
 from __future__ import annotations
@@ -23,7 +22,6 @@ from ..kv_prefix import KVPrefix, evaluating
 from .corpus_tokens import encode_corpus, recitations, window_parts
 from .moved_keys import PROBE_TOKENS, move_prefix
 from .reference_attention import LayerReading, read_behind
-from .self_questions import ask_and_answer
 
 # Of the accelerated projected gradient, which has converged by then.
 _STEPS = 100
@@ -40,7 +38,6 @@ def attention_matching(
     *,
     num_tokens: int,
     chat_template: bool,
-    questions: int = 48,
     share_of_queries: float = 0.4,
     value_ridge: float = 1.0,
     key_bias: bool = False,
@@ -50,9 +47,6 @@ def attention_matching(
     longer than 8,192 tokens, or than the model's window, is compacted in parts, of which each has an equal share.
 
     Args:
-        questions: How many questions about each part of the text the model writes and answers. With 0, and where there is
-            no chat template, it recites the text instead, which stays nearer to the words of the text and further from what
-            people ask.
         share_of_queries: How many of their tokens are asked what they attend to: those that are the most surprising
             without the text. Time grows with it.
         value_ridge: How much the values are held to those of their tokens, in units of the mean squared attention
@@ -65,8 +59,6 @@ def attention_matching(
         ValueError: `text` is empty or shorter than the cartridge, or an option is out of its range.
         UnsupportedModelError: not all layers have attention, keys cannot be moved, or all heads share compressed keys.
     """
-    if questions < 0:
-        raise ValueError(f"`questions` must be at least 0, got {questions}.")
     if not 0 < share_of_queries <= 1:
         raise ValueError(f"`share_of_queries` must be above 0 and at most 1, got {share_of_queries}.")
     if value_ridge <= 0:
@@ -79,9 +71,10 @@ def attention_matching(
     compacted: list[KVPrefix] = []
     for part, (start, end) in zip(parts, itertools.pairwise(borders), strict=True):
         prefix = KVPrefix.from_input_ids(model, [*sink, *part])
-        asked = ask_and_answer(model, codec, prefix, part, number=questions) if chat_template else []
-        own = asked or recitations(model, codec, part, chat_template=chat_template)
-        rows: list[Sequence[int]] = [*own, *(references or ())]
+        rows: list[Sequence[int]] = [
+            *recitations(model, codec, part, chat_template=chat_template),
+            *(references or ()),
+        ]
         weight = surprise(model, rows)
         compactor = _Compactor(prefix, end - start + 1, weight, share_of_queries, value_ridge, key_bias)
         read_behind(model, prefix, rows, compactor)

@@ -48,8 +48,8 @@ def auto(
     """`most_attended`, or with a warning `first_tokens` where keys cannot be moved (learned positions).
 
     Args:
-        to_train: Whether the cartridge is only begun here. If not, `attention_matching` is tried first, which takes longer
-            and is the best that there is without training.
+        to_train: Whether the cartridge is only begun here. If not, `attention_matching` is tried first, whose
+            values are fitted.
     """
     options: dict[str, Any] = {"num_tokens": num_tokens, "chat_template": chat_template}
     strategies: list[InitializationStrategy] = [most_attended] if to_train else [attention_matching, most_attended]
@@ -131,7 +131,7 @@ def initialize_cartridge(
         text: The corpus, or a representative part of it.
         prefix: Instead of `text`: keys and values to take as they are.
         strategy: How `num_tokens` tokens are made of the text. `most_attended`: each head's own, by the attention that
-            they receive when the model recites the text. `attention_matching`: the best without training. `first_tokens`:
+            they receive when the model recites the text. `attention_matching`: such, with fitted values. `first_tokens`:
             the first ones, the paper's. `auto`: the first that the model allows of `attention_matching` (with
             `to_train=False`), `most_attended` and `first_tokens`. `list_strategies()` has those that you registered too.
         adapter_name: Which adapter; the active one by default.

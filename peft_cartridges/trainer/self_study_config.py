@@ -57,7 +57,7 @@ class SelfStudyConfig(SynthesisConfig, _BaseConfig):
             "conversations' `context`). `most_attended`: each head's tokens that receive "
             "the most attention when the model recites the corpus. `first_tokens` (paper): its first tokens. `auto`: the "
             "former where the model allows it, because it takes far fewer steps to the same quality; with `max_steps=0`, "
-            "`attention_matching`, the best without training. `none` leaves the cartridge as it is. `docs/training.md` "
+            "`attention_matching`, whose values are fitted. `none` leaves the cartridge as it is. `docs/training.md` "
             "lists the others."
         },
     )

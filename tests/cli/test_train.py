@@ -153,7 +153,7 @@ def test_no_steps_only_initialize_the_cartridge(folder: Path) -> None:
     assert not (folder / "out" / "_conversations").exists() and (folder / "out" / "README.md").is_file()
     facts = json.loads((folder / "out" / "cartridge.json").read_text())
     assert facts["recipe"]["optimizer_steps"] == 0 and not facts.get("num_conversations")
-    # By what is best without training, and not by what training begins with.
+    # By the values that are fitted, and not by what training begins with.
     assert _train(folder, "--steps", "0", "--initialization", "attention_matching", *SYNTHESIS, name="matched") == 0
     assert _train(folder, "--steps", "0", "--initialization", "most_attended", *SYNTHESIS, name="attended") == 0
     made, matched, attended = (read_cartridge(folder / name)[1].values[1] for name in ("out", "matched", "attended"))

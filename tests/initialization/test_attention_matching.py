@@ -19,7 +19,6 @@ TEXT = " ".join(f"the captain says w{number} ." for number in range(50, 80))
 
 def _matched(architecture: str = "llama", num_tokens: int = 16, text: str = TEXT, **options: Any) -> KVPrefix:
     model = get_peft_model(tiny_model(architecture), CartridgeConfig(num_tokens=num_tokens))
-    options = {"questions": 2, **options}
     return initialize_cartridge(model, tiny_tokenizer(), text=text, strategy="attention_matching", **options)
 
 
@@ -45,7 +44,7 @@ def test_the_first_layer_gives_what_it_gave_with_the_text_better_with_fitted_val
     errors = {}
     for ridge in (0.01, 1.0, 1e6):
         # Every query counts, so what is fitted is what is compared.
-        with shared_prefix(model, _matched(value_ridge=ridge, share_of_queries=1.0, questions=0)):
+        with shared_prefix(model, _matched(value_ridge=ridge, share_of_queries=1.0)):
             model(row)
         errors[ridge] = (outputs[-1] - outputs[0]).norm()
     assert errors[0.01] < errors[1.0] < errors[1e6] and errors[0.01] < 0.8 * errors[1e6]
@@ -83,9 +82,7 @@ def test_folded_biases_change_the_keys_and_a_text_beyond_the_window_is_compacted
     assert not torch.allclose(plain.keys[0], biased.keys[0])
     tokenizer = tiny_tokenizer()
     model = get_peft_model(tiny_model(max_position_embeddings=160), CartridgeConfig(num_tokens=31))
-    prefix = initialize_cartridge(
-        model, tokenizer, text=TEXT, strategy="attention_matching", value_ridge=1e9, questions=2
-    )
+    prefix = initialize_cartridge(model, tokenizer, text=TEXT, strategy="attention_matching", value_ridge=1e9)
     ids = ChatCodec(None, tokenizer).encode_context(TEXT)
     last = KVPrefix.from_input_ids(tiny_model(), [ids[0], *ids[1 + (len(ids) - 1) * 2 // 3 :]])
     distance = (prefix.values[0][0][-10:, None] - last.values[0][0][None]).abs().amax(-1).amin(-1)
@@ -99,8 +96,6 @@ def test_references_are_asked_too() -> None:
 def test_what_cannot_be_matched_is_refused() -> None:
     with pytest.raises(UnsupportedModelError, match='share compressed ones: use `strategy="most_attended"`'):
         _matched("deepseek_v3")
-    with pytest.raises(ValueError, match="`questions` must be at least 0, got -1"):
-        _matched(questions=-1)
     with pytest.raises(ValueError, match="`share_of_queries` must be above 0 and at most 1, got 0"):
         _matched(share_of_queries=0)
     with pytest.raises(ValueError, match="`value_ridge` must be above 0, got 0"):
