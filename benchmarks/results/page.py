@@ -73,10 +73,17 @@ def _head(results: Results, cells: Sequence[str], budget: str) -> str:
         if any(r.get("clock") == "cpu" for r in records)
         else ""
     )
+    small = (
+        "\n\nThe small budget shows that everything runs, in half an hour. Its self-studies are a fraction of what `cartridges "
+        "train` makes by default, too short to gain on what a cartridge begins with: what more of it gives is in "
+        "[training.md](training.md)."
+        if budget == "small"
+        else ""
+    )
     return (
         f"# Results\n\nWritten by `python -m benchmarks.results` from the lines in [results/](results/): the {budget or 'given'} "
         f"budget, {len(records)}{f' of {len(cells)}' if cells else ''} cells, {minutes:.0f} minutes of computing"
-        f"{f' ({chr(59).join(machines)})' if machines else ''}, at commit{about or ' –'}.{told}\n\n"
+        f"{f' ({chr(59).join(machines)})' if machines else ''}, at commit{about or ' –'}.{told}{small}\n\n"
         + "".join(f"    {command}\n" for command in commands)
         + "\nA figure is *value [95 % interval]*: the mean over documents; the interval is over the questions (or prompts) of "
         "the documents, and over documents where there are at least six. *n* is documents / items. **Gap closed** is the share "

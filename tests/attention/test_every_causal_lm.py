@@ -83,13 +83,9 @@ def _modules(model: nn.Module) -> list[Any]:
 # What an error says of a model -> what the page says of all models like it.
 _REASONS = (
     (r"cannot hold a prefix: (.*?)(?: \(\w+\))?[,.]", r"\1"),
-    (r"keep no state in its cache", "recurrent layers that keep no state in transformers' cache"),
+    (r"keep no state in its cache", "neither attention through transformers' interface nor a state in its cache"),
     (r"uses cache of its own", "takes no cache but its own class of it"),
     (r"begins every text from zero", "its recurrence begins every text from zero"),
-    (
-        r"no causal attention through transformers' attention interface",
-        "attention of its own, not transformers' interface",
-    ),
     (r"takes `position_ids`", "takes no `position_ids`"),
     (r"takes no `past_key_values`", "takes no `past_key_values`"),
     (r"could not be probed", "one token by itself does not go through it"),

@@ -313,7 +313,7 @@ def test_a_prefix_of_another_model() -> None:
         shared_prefix(model, other)
 
 
-@pytest.mark.supports("Hybrid and recurrent models", "a kernel that ignores the state", refused=True)
+@pytest.mark.supports("Hybrid and recurrent models", "a kernel that ignores the state", on="qwen3_next", refused=True)
 def test_a_kernel_that_begins_from_zero(monkeypatch: pytest.MonkeyPatch) -> None:
     scan = modeling_qwen3_next.torch_chunk_gated_delta_rule
     monkeypatch.setattr(
