@@ -2,8 +2,9 @@
 
 After attention matching (arXiv 2602.16284): reference texts are read behind the corpus, layer by layer with the compacted
 layers below in place; of each head the keys that are attended to most are kept, and their values are fitted in closed
-form. Ours is what counts as most: an attention weight counts by how surprising the token is that it helps to predict,
-without the corpus. Where the words would have come anyway, nothing has to be remembered.
+form. Ours is what counts as most: squared attention weights, summed by how surprising the token is that they help to
+predict, without the corpus. Where the words would have come anyway, nothing has to be remembered; and the square favours
+the keys that one query cannot do without over those that all look at a little.
 """
 
 from __future__ import annotations
@@ -148,7 +149,7 @@ class _Compactor:
         scores, own_lse = layer.scores(head, asked), layer.own_lse[head, asked]
         total = torch.logaddexp(scores.logsumexp(-1), own_lse)
         weights = (scores - total[:, None]).exp_()  # of the text's tokens, `[asked, in_sight]`
-        received = (weights * surprise[:, None]).amax(0)
+        received = (weights.square() * surprise[:, None]).sum(0)
         hidden = received.new_zeros(self.whole.num_tokens - len(received))
         received = torch.cat([hidden, received])
         received[0] = torch.inf  # attention falls on the first token wherever it is
