@@ -160,16 +160,27 @@ class CartridgeModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        if not isinstance(target, CartridgeLayer):
+        if isinstance(target, CartridgeLayer):
+            # PEFT does not look into what it has wrapped before, and a recurrence may lie within an attention (Zaya).
+            for name in [name for name in self._found if name.startswith(f"{current_key}.")]:
+                # Where a first adapter's is: PEFT, which goes by names, finds the wrapper and not what it wraps.
+                place, _, child = name.replace(".base_layer.", ".").rpartition(".")
+                outer = self.model.get_submodule(place)
+                self._create_and_replace(peft_config, adapter_name, getattr(outer, child), child, outer, name)
+        else:
             layer = self._found[current_key]
             target = KeyValueLayer(target, layer) if isinstance(layer, AttentionLayer) else StateLayer(target, layer)
             setattr(parent, target_name, target)
         target.update_layer(adapter_name, peft_config)
 
-    def _post_injection_hook(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
+    def inject_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """PEFT's, for every adapter. A later one may hold states where the first one had none."""
+        super().inject_adapter(*args, **kwargs)
         self._joined.clear()
         self._of_rows.clear()
         self._layers[:], self._states[:] = self.cartridge_layers(), self.state_layers()
+
+    def _post_injection_hook(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
         if self._host is None:
             self.__dict__["_host"] = host = prefix_host(model, skip_unsupported=True)
             # Another one around the same layers, as in a notebook whose cell is run twice, gives way.

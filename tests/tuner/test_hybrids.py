@@ -376,3 +376,28 @@ def test_other_beginnings() -> None:
     assert all(state["recurrent"].any() for state in made.states)  # of those tokens
     again = initialize_cartridge(peft_model, strategy="pretrained", cartridge=made)
     same_states(again, made)
+
+
+@pytest.mark.parametrize("name", [*KINDS, "zaya"])  # in Zaya, the recurrence lies within the attention
+@pytest.mark.parametrize("first", ["train", "skip"])
+def test_a_second_adapter_has_states_too(name: str, first: str, tmp_path: Path) -> None:
+    if name == "mamba2" and first == "skip":
+        return  # without attention nothing would be left
+    model = tiny_causal_lm(name)
+    text = KVPrefix.from_input_ids(model, TEXT)
+    with torch.no_grad():
+        expected = model(input_ids=torch.cat([TEXT, ROWS[0]])[None]).logits[:, len(TEXT) :]
+    if first == "skip":
+        tokens = len(TEXT)
+        peft_model = get_peft_model(model, CartridgeConfig(num_tokens=tokens, recurrent_state="skip")).eval()
+    else:
+        peft_model = cartridge(model, text)
+    peft_model.add_adapter("second", CartridgeConfig(num_tokens=peft_model.peft_config["default"].num_tokens))
+    initialize_cartridge(peft_model, prefix=text, adapter_name="second")
+    peft_model.set_adapter("second")
+    assert_close(logits(peft_model), expected)
+    peft_model.save_pretrained(tmp_path)
+    peft_model.delete_adapter("second")
+    peft_model.load_adapter(tmp_path / "second", "third")
+    peft_model.set_adapter("third")
+    assert_close(logits(peft_model), expected)
