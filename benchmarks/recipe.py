@@ -141,7 +141,12 @@ class Search:
         conversations, synthesis_seconds = self._conversations(run.corpus, text, settings)
         if run.same_seconds:
             settings["max_steps"] = self._steps_in_the_time_of_base(run, settings, conversations, text, num_tokens)
-        held_out = {"num_conversations": HELD_OUT, "recitation_share": 0.0, "off_context_share": 0.0, "synthesis_seed": 1}
+        held_out = {
+            "num_conversations": HELD_OUT,
+            "recitation_share": 0.0,
+            "off_context_share": 0.0,
+            "synthesis_seed": 1,
+        }
         held_out_conversations, _ = self._conversations(run.corpus, text, held_out)
         start = time.perf_counter()
         trainer = self._trainer(run, settings, conversations, text, num_tokens, held_out_conversations)
