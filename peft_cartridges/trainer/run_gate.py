@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ..gate import Gate
+from ..gate.gate import split_words
 from .corpus_study import text_of_contexts
 
 if TYPE_CHECKING:
@@ -17,4 +18,6 @@ def make_run_gate(trainer: SelfStudyTrainer) -> Gate | None:
         return None
     data = trainer.train_dataset
     text = trainer.corpus or (None if data is None else text_of_contexts(data))
-    return Gate.make(text, trainer.processing_class) if text else None
+    if not text or not split_words(text):  # a text without a word has no gate; a run is not lost for it
+        return None
+    return Gate.make(text, trainer.processing_class)

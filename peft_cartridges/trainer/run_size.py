@@ -20,8 +20,9 @@ _SECONDS = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0}
 
 
 def default_learning_rate(corpus_tokens: int | None, num_tokens: int) -> float:
-    """The peak learning rate of a cartridge of `num_tokens` of a text of `corpus_tokens` (`None`: unknown)."""
-    shrink = (corpus_tokens or 0) / num_tokens
+    """The peak learning rate of a cartridge of `num_tokens` of a text of `corpus_tokens` (`None`: unknown). Without tokens,
+    of recurrent states alone, it goes by no length."""
+    shrink = (corpus_tokens or 0) / num_tokens if num_tokens else 0.0
     return _LEARNING_RATE * min(max(shrink / _SHRINK, 1.0), _MOST)
 
 

@@ -95,3 +95,7 @@ def test_a_larger_set_extends_a_smaller_one() -> None:
         assert sum(now) == number and max(now) <= 32
         assert len(now) >= len(before) and all(a >= b for a, b in zip(now, before, strict=False))
         before = now
+
+
+def test_states_alone_have_a_learning_rate() -> None:
+    assert default_learning_rate(360, 0) == default_learning_rate(None, 8) == 0.04
