@@ -24,6 +24,7 @@ _SETTINGS = (
     "loss_temperature",
     "prompt_loss_weight",
     "on_policy_fraction",
+    "off_context_share",
     "key_learning_rate",
     "value_learning_rate",
 )

@@ -6,6 +6,7 @@ import copy
 import sys
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, TypeAlias, cast
 
 import torch
@@ -17,7 +18,7 @@ from transformers import PreTrainedModel, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput, EvalPrediction
 
 from ..chat import ChatCodec, get_tokenizer, with_cartridge_chat_template
-from ..gate import Gate
+from ..gate import GATE_FILE, Gate
 from ..hidden_states import OutputHead, forward_hidden_states
 from ..hub.base_model import identify_base_model
 from ..initialization import initialize_cartridge, needs_text
@@ -412,9 +413,11 @@ class SelfStudyTrainer(PushingTrainer):
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         with self.average.applied():
             super()._save(output_dir, state_dict or adapter_state(self.model))
-        self._gate = self._gate or make_run_gate(self)
+        self._gate, folder = self._gate or make_run_gate(self), output_dir or self.args.output_dir or "."
         if self._gate is not None:
-            self._gate.save_pretrained(output_dir or self.args.output_dir or ".")
+            self._gate.save_pretrained(folder)
+        else:  # of an earlier run in this folder
+            Path(folder, GATE_FILE).unlink(missing_ok=True)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
