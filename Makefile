@@ -59,7 +59,7 @@ test-lowest test-newest: test-%: $(MODEL_FILE)
 		*(f"{name} {version(name)}" for name in ("transformers", "peft", "trl")))'
 	@$(VENV)-$*/bin/python -m pytest -q -m "not slow" $(ARGS)
 
-results: $(MODEL_FILE) ## Measure and write docs/results.md, e.g. make results BUDGET=full DATA=folder; carries on after a stop
+results: $(MODEL_FILE) ## Measure everything shortly; make results BUDGET=full DATA=folder writes docs/results.md; carries on
 	@$(BIN)/python -m benchmarks.results --budget $(BUDGET) $(if $(DATA),--data $(DATA)) $(ARGS)
 
 results-gpu: $(STAMP) ## The same with Qwen3-4B and Llama-3.1-8B on LongHealth and QuALITY; wants a GPU with 80 GB

@@ -7,7 +7,8 @@
 
 Each cell is a JSON line in `--output`; cells that are there with the same settings are left out, so the same command
 carries on after a stop, and `--fresh` begins anew. The page is written from the lines at the end of each run, also after
-Ctrl-C. Documents: the two of `examples/data`, and those of QASPER, QuALITY and LooGLE, from the Hub or from `--data
+Ctrl-C: `docs/results.md`, or with the small budget, whose self-studies are too short to say how good a cartridge gets,
+`outputs/results/results.md`. Documents: the two of `examples/data`, and those of QASPER, QuALITY and LooGLE, from the Hub or from `--data
 FOLDER` (`qasper.jsonl`, `quality.jsonl`, `loogle.jsonl`, `general.jsonl`, `longhealth.json`; rows as in
 `peft_cartridges.evaluation.tasks`). Lines hold numbers only, no text.
 
@@ -73,14 +74,19 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--encoder", help="SentenceTransformer of the dense retriever (default: the model's own averaged states)"
     )
     parser.add_argument("--kvpress-python", help="interpreter of an environment with kvpress")
-    parser.add_argument("--output", type=Path, help="the JSON lines (default: docs/results/MODEL-BUDGET.jsonl)")
+    parser.add_argument("--output", type=Path, help="the JSON lines (default: results/ beside the page)")
     parser.add_argument("--work", type=Path, default=ROOT / "outputs/results", help="conversations and cartridges")
-    parser.add_argument("--page", type=Path, help="(default: docs/results.md, of other models docs/results-MODEL.md)")
+    parser.add_argument(
+        "--page",
+        type=Path,
+        help="(default: docs/results.md, of other models docs/results-MODEL.md; with the small budget in --work)",
+    )
     args = parser.parse_args(argv)
     name = Path(args.model).name.lower()
-    args.output = args.output or ROOT / "docs/results" / f"{name}-{args.budget}.jsonl"
+    folder = args.work if args.budget == "small" else ROOT / "docs"
+    args.output = args.output or folder / "results" / f"{name}-{args.budget}.jsonl"
     own = name == Path(parser.get_default("model")).name.lower()
-    args.page = args.page or ROOT / "docs" / ("results.md" if own else f"results-{name}.md")
+    args.page = args.page or folder / ("results.md" if own else f"results-{name}.md")
     return args
 
 

@@ -46,7 +46,7 @@ class Budget:
 BUDGETS = {
     # Half an hour on two cores, six hours on two cores: of SmolLM2-135M.
     "small": Budget(64, 64, 16, 8, 20, 12, 20),
-    "full": Budget(384, 96, 60, 16, 24, 24, 32),
+    "full": Budget(256, 96, 40, 16, 24, 24, 32),
 }
 # Documents of each task, and long ones of LooGLE.
 DOCUMENTS = {"small": (1, 1), "full": (3, 2)}
