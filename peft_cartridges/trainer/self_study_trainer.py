@@ -15,7 +15,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.data import SequentialSampler
 from transformers import PreTrainedModel, TrainerCallback
-from transformers.trainer_utils import EvalLoopOutput, EvalPrediction
+from transformers.trainer_utils import EvalLoopOutput, EvalPrediction, TrainOutput
 
 from ..chat import ChatCodec, get_tokenizer, with_cartridge_chat_template
 from ..gate import GATE_FILE, Gate
@@ -264,8 +264,7 @@ class SelfStudyTrainer(PushingTrainer):
         if self.study is None or self.study.is_written:
             return
         self._place_model()
-        if self.args.num_eval_conversations and not self.eval_dataset:
-            self.eval_dataset = self.study.write_held_out(cast(PeftModel, self.model))
+        self._write_held_out()
         if self.budget is not None:
             self.budget.size_conversations()
         start = time.perf_counter()
@@ -273,6 +272,11 @@ class SelfStudyTrainer(PushingTrainer):
         if isinstance(self.train_dataset, Dataset):
             seconds = time.perf_counter() - start
             self.log({"synthesis/conversations": len(self.train_dataset), "synthesis/seconds": round(seconds, 1)})
+
+    def _write_held_out(self) -> None:
+        if self.study is not None and self.args.num_eval_conversations and not self.eval_dataset:
+            self._place_model()
+            self.eval_dataset = self.study.write_held_out(cast(PeftModel, self.model))
 
     def _place_model(self) -> None:
         """`Trainer` leaves the placing to DeepSpeed, which does it only when training is on."""
@@ -285,12 +289,19 @@ class SelfStudyTrainer(PushingTrainer):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """As `Trainer.train`, with the initialization of the cartridge and the writing of conversations first; with
-        `ema_decay` the model holds the average afterwards.
+        `ema_decay` the model holds the average afterwards. With `max_steps=0` the cartridge is only initialized, and a
+        checkpoint that has all of its steps is only loaded.
 
         Raises:
-            ValueError: it is to carry on a run of something else, see `check_run`.
+            ValueError: it is to carry on a run of something else, see `check_run`, or one without steps.
             TrainingDivergedError: the loss or a gradient is NaN or infinite.
         """
+        if self.args.max_steps == 0:
+            if resume_from_checkpoint:
+                raise ValueError("`max_steps=0` only initializes a cartridge: leave `resume_from_checkpoint` out.")
+            self.initialize_cartridge()
+            self._write_held_out()
+            return TrainOutput(0, 0.0, {})
         if self.study is not None and not self.study.is_written:
             self.study.check(cast(PeftModel, self.model))
         if resume_from_checkpoint:  # it brings its cartridge along
@@ -307,6 +318,13 @@ class SelfStudyTrainer(PushingTrainer):
         output = super().train(resume_from_checkpoint, *args, **kwargs)
         self.average.apply()
         return output
+
+    def _init_training_state(
+        self, max_steps: int, steps_per_epoch: int, num_epochs: int, *args: Any
+    ) -> tuple[int, int]:
+        # transformers 5.23 begins the pass that a checkpoint stopped in, and makes a step before it looks for the end.
+        where = super()._init_training_state(max_steps, steps_per_epoch, num_epochs, *args)
+        return (num_epochs, 0) if self.state.global_step >= max_steps else where
 
     # -- batches -----------------------------------------------------------------------------------------------------
 

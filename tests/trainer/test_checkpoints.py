@@ -44,6 +44,38 @@ def test_a_resumed_run_is_the_unbroken_run_bit_for_bit(tmp_path: Path, conversat
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize(
+    "length",
+    [{"max_steps": 4}, {"max_steps": -1, "num_train_epochs": 1.4}, {"max_steps": -1, "num_train_epochs": 2.0}],
+)
+def test_a_finished_run_stays_as_it_is(tmp_path: Path, conversations: Dataset, length: dict) -> None:
+    options = {**RUN, "save_steps": 1, "ema_decay": 0.5, "learning_rate": 0.01, **length}
+    whole = make_trainer(tmp_path, dataset=conversations, **options)
+    whole.train()
+    files = {path: path.read_bytes() for path in tmp_path.rglob("checkpoint-*/*")}
+    again = make_trainer(tmp_path, dataset=conversations, **{**options, "learning_rate": 0.03})
+    output = again.train(resume_from_checkpoint=True)
+    assert output.global_step == again.state.global_step == again.state.max_steps == whole.state.global_step
+    assert losses(again) == losses(whole)
+    for a, b in zip(whole.model.get_kv_prefix().values, again.model.get_kv_prefix().values, strict=True):
+        assert torch.equal(a, b)
+    assert files == {path: path.read_bytes() for path in tmp_path.rglob("checkpoint-*/*")}
+
+
+def test_a_finished_run_gives_its_best_cartridge_again(tmp_path: Path, conversations: Dataset) -> None:
+    best = {"eval_strategy": "steps", "eval_steps": 1, "load_best_model_at_end": True, "greater_is_better": True}
+    options = {**RUN, **best, "save_steps": 1, "max_steps": 4, "save_total_limit": 2}
+    whole, again = (
+        make_trainer(tmp_path, dataset=conversations, arguments={"eval_dataset": conversations}, **options)
+        for _ in range(2)
+    )
+    whole.train()
+    assert whole.state.best_global_step < 4, "the one with the largest loss"
+    again.train(resume_from_checkpoint=True)
+    for a, b in zip(whole.model.get_kv_prefix().values, again.model.get_kv_prefix().values, strict=True):
+        assert torch.equal(a, b)
+
+
 def test_the_order_of_later_passes_differs_from_the_first(tmp_path: Path, conversations: Dataset) -> None:
     sampler = make_trainer(tmp_path, dataset=conversations)._get_train_sampler()
     first = list(sampler)
