@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
+from peft import get_peft_model
 
 from peft_cartridges import CartridgeConfig, SelfStudyTrainer, load_self_study
 from peft_cartridges.conversations.rows import off_context_rows
@@ -148,6 +149,54 @@ def test_a_budget_sizes_conversations_and_steps(tmp_path: Path, capsys: pytest.C
     again = make_trainer(tmp_path, conversations_per_chunk=8, **options)
     again.budget.size_conversations()
     assert again.args.num_conversations == 32, "what was chosen is kept"
+
+
+@pytest.mark.usefixtures("speeds")
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"budget": "4m"},
+        {"off_context_share": 0.5},
+        {"per_device_train_batch_size": 2},
+        {"gradient_accumulation_steps": 2},
+        {"num_train_epochs": 1.0},
+        {"teacher_targets": "live"},
+        {"max_steps": 1},
+        {"loss_type": "reverse_kl"},
+        {"num_tokens": 7},
+    ],
+)
+def test_what_was_chosen_for_another_run_is_chosen_anew(tmp_path: Path, other: dict[str, Any]) -> None:
+    options = {"budget": "2m", "num_conversations": None, "max_steps": -1, "conversations_per_chunk": 8}
+    first = make_trainer(tmp_path, **options)
+    first.write_conversations()
+    first.budget.size_steps(resumed=False)
+    assert make_trainer(tmp_path, **options).budget._kept() is not None
+    model = (
+        get_peft_model(tiny_model(), CartridgeConfig(num_tokens=other["num_tokens"])) if "num_tokens" in other else None
+    )
+    settings = {name: value for name, value in other.items() if name != "num_tokens"}
+    assert make_trainer(tmp_path, model, **{**options, **settings}).budget._kept() is None
+
+
+@pytest.mark.usefixtures("speeds")
+def test_steps_that_were_chosen_are_those_of_as_many_conversations(tmp_path: Path, mixed: Dataset) -> None:
+    options = {"budget": "20m", "max_steps": -1, "off_context_share": 0.0}
+    make_trainer(tmp_path, dataset=mixed, **options).train()
+    assert make_trainer(tmp_path, dataset=mixed, **options).budget._kept() is not None
+    assert make_trainer(tmp_path, dataset=mixed.select(range(8)), **options).budget._kept() is None
+    make_trainer(tmp_path / "corpus", num_conversations=16, **options).train()
+    assert make_trainer(tmp_path / "corpus", num_conversations=8, **options).budget._kept() is None
+
+
+def test_a_step_is_measured_in_the_precision_of_training(tmp_path: Path, mixed: Dataset) -> None:
+    trainer = make_trainer(tmp_path, dataset=mixed, budget="10m", max_steps=-1, bf16=True)
+    trainer.initialize_cartridge()
+    dtypes = []
+    layer = trainer.model.get_base_model().get_submodule("model.layers.0.mlp.down_proj")
+    layer.register_forward_hook(lambda module, inputs, output: dtypes.append(output.dtype))
+    trainer.budget._measure_step(mixed)
+    assert set(dtypes) == {torch.bfloat16}
 
 
 @pytest.mark.usefixtures("speeds")
