@@ -180,9 +180,8 @@ class SelfStudyTrainer(PushingTrainer):
         self.average = MovingAverage(peft_model, args.ema_decay)
         self.pusher = CartridgePusher(self)
         self._checkpoints = CheckpointWriter(self)
-        if isinstance(train_dataset, IterableDataset):
-            # Batches are of unequal size, so accelerate cannot cut one apart for several processes.
-            cast(Any, args.accelerator_config).dispatch_batches = False
+        # A stream's batches are of unequal size, so accelerate cannot cut one apart for several processes.
+        cast(Any, args.accelerator_config).dispatch_batches = False
         evaluates_later = bool(gold_questions or (self.study is not None and args.num_eval_conversations))
         super().__init__(
             model=peft_model,
@@ -314,6 +313,11 @@ class SelfStudyTrainer(PushingTrainer):
         keep_run(self)
         if self.budget is not None:
             self.budget.size_steps(resumed=bool(resume_from_checkpoint))
+        if self.args.off_context_share and self._data.num_off_context(self.train_dataset) == 0:
+            self._say(
+                f"`off_context_share` is {self.args.off_context_share:g}, but there are no general conversations in "
+                "`train_dataset`: none are mixed in."
+            )
         self._throughput.restart()
         output = super().train(resume_from_checkpoint, *args, **kwargs)
         self.average.apply()

@@ -13,6 +13,7 @@ from peft import get_peft_model
 
 from peft_cartridges import CartridgeConfig, SelfStudyTrainer, load_self_study
 from peft_cartridges.conversations.rows import off_context_rows
+from peft_cartridges.self_study.off_context import num_off_context
 from peft_cartridges.self_study.sizes import FEWEST_CONVERSATIONS
 from peft_cartridges.trainer.budget import RunBudget
 from tests.tiny_models import tiny_model
@@ -85,6 +86,77 @@ def test_a_run_on_a_corpus_mixes_its_share_and_its_held_out_set_none(tmp_path: P
     card, facts = (tmp_path / "README.md").read_text(), json.loads((tmp_path / "cartridge.json").read_text())
     assert facts["recipe"]["off_context_share"] == 0.2 and facts["seed_types"]["off_context_dataset"] == 4
     assert "16 conversations about the text" in card and "4 about nothing in it" in card
+
+
+def _card(trainer: SelfStudyTrainer, folder: Path) -> tuple[str, dict[str, Any]]:
+    trainer.save_model()
+    return (folder / "README.md").read_text(), json.loads((folder / "cartridge.json").read_text())
+
+
+def test_the_card_counts_what_is_learned(tmp_path: Path, mixed: Dataset, capsys: pytest.CaptureFixture[str]) -> None:
+    none = make_trainer(tmp_path / "none", dataset=mixed, off_context_share=0.0)
+    card, facts = _card(none, tmp_path / "none")
+    assert "16 conversations about the text" in card and "about nothing in it" not in card
+    assert facts["num_conversations"] == 16 and "general" not in facts["seed_types"]
+    assert facts["recipe"]["off_context_share"] == 0
+
+    about = mixed.select(range(16))
+    lacks = make_trainer(tmp_path / "lacks", dataset=about, off_context_share=0.2, max_steps=1, disable_tqdm=False)
+    lacks.train()
+    assert "`off_context_share` is 0.2, but there are no general conversations" in capsys.readouterr().err
+    card, facts = _card(lacks, tmp_path / "lacks")
+    assert facts["num_conversations"] == 16 and facts["recipe"]["off_context_share"] == 0
+
+    nothing_else = make_trainer(tmp_path / "off", dataset=mixed.select(off_context_rows(mixed)), off_context_share=0.0)
+    _, facts = _card(nothing_else, tmp_path / "off")
+    assert facts["num_conversations"] == facts["off_context_conversations"] == 4
+
+
+def test_the_card_counts_the_general_rows_of_rounds(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, off_context_share=0.25, resample_every=2, max_steps=4)
+    trainer.train()
+    card, facts = _card(trainer, tmp_path)
+    assert facts["num_conversations"] == 32 and facts["off_context_conversations"] == 8
+    assert facts["recipe"]["off_context_share"] == 0.25 and "24 conversations about the text" in card
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.2])
+def test_rows_in_sequence_have_their_share(tmp_path: Path, mixed: Dataset, share: float) -> None:
+    trainer = make_trainer(tmp_path, dataset=mixed, off_context_share=share, train_sampling_strategy="sequential")
+    order, general = list(trainer._get_train_sampler()), set(off_context_rows(mixed))
+    assert [index for index in order if index not in general] == list(range(16))
+    assert sum(index in general for index in order) == num_off_context(16, share)
+    assert sum(index in general for index in order[:10]) == round(10 * share)
+    plain = make_trainer(tmp_path, dataset=mixed.select(range(16)), train_sampling_strategy="sequential")
+    assert list(plain._get_train_sampler()) == list(range(16))
+
+
+def test_a_stream_without_a_share_has_no_general_rows(tmp_path: Path, mixed: Dataset) -> None:
+    rows = mixed.select([16, 17, *range(16), 18, 19])
+
+    def trained(dataset: Any, share: float) -> list[float]:
+        options = {"train_sampling_strategy": "sequential", "max_steps": 2, "arguments": {"corpus": TEXT}}
+        trainer = make_trainer(tmp_path, dataset=dataset, off_context_share=share, **options)
+        trainer.train()
+        return losses(trainer)
+
+    expected = trained(mixed.select(range(16)), 0.0)
+    assert trained(rows, 0.0) == trained(rows.to_iterable_dataset(), 0.0) == expected
+    # Where the order is transformers' own, too.
+    options = {"train_sampling_strategy": "batch_rebalance", "off_context_share": 0.0}
+    assert len(make_trainer(tmp_path, dataset=rows, **options).get_train_dataloader().dataset) == 16
+    # With a share a stream's rows come as they are.
+    assert trained(rows.to_iterable_dataset(), 0.2) == trained(rows.remove_columns("context"), 0.0) != expected
+
+
+def test_evaluation_of_a_stream_leaves_general_rows_out(tmp_path: Path, mixed: Dataset) -> None:
+    trainer = make_trainer(tmp_path, dataset=mixed)
+    for rows in (mixed, mixed.select(off_context_rows(mixed))):
+        found, expected = trainer.evaluate(rows.to_iterable_dataset()), trainer.evaluate(rows)
+        assert found["eval_loss"] == pytest.approx(expected["eval_loss"], rel=1e-6)
+        assert found["eval_conversation_gap_closed"] == pytest.approx(
+            expected["eval_conversation_gap_closed"], abs=1e-6
+        )
 
 
 def test_rounds_have_their_share(tmp_path: Path) -> None:
