@@ -32,7 +32,7 @@ def without_off_context(dataset: Any) -> Any:
     if isinstance(dataset, Dataset) and (general := set(off_context_rows(dataset))):
         about = [index for index in range(len(dataset)) if index not in general]
         return dataset.select(about) if about else dataset
-    if isinstance(dataset, IterableDataset) and any(map(_is_about_a_text, first_rows(dataset, ROWS_OF_A_STREAM))):
+    if isinstance(dataset, IterableDataset) and any(map(_is_about_a_text, itertools.islice(dataset, ROWS_OF_A_STREAM))):
         return dataset.filter(_is_about_a_text)
     return dataset
 

@@ -324,6 +324,17 @@ def test_more_steps_carry_a_run_on_and_a_finished_one_is_told(folder: Path, caps
     assert facts["recipe"]["optimizer_steps"] == 5
 
 
+def test_the_same_command_again_trains_no_step_more(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for _ in range(2):  # three steps are a pass and a half
+        assert _train(folder, *SYNTHESIS, "--steps", "3") == 0
+        kept = {path: path.read_bytes() for path in (folder / "out").rglob("adapter_model.safetensors")}
+    assert "The run was finished" in capsys.readouterr().err
+    assert json.loads((folder / "out" / "cartridge.json").read_text())["recipe"]["optimizer_steps"] == 3
+    shutil.rmtree(folder / "out")
+    assert _train(folder, *SYNTHESIS, "--steps", "3") == 0
+    assert kept == {path: path.read_bytes() for path in (folder / "out").rglob("adapter_model.safetensors")}
+
+
 def test_a_cartridge_begins_with_another_one(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert _train(folder, "--steps", "0", "--initialization", "first_tokens", name="first") == 0
     pretrained = ["--initialization", "pretrained", "--initialization-kwargs"]
