@@ -24,6 +24,7 @@ from ..corpus import Chunker, Document, load_corpus
 from ..hub.model_card import is_hub_name
 from ..self_study import EngineError, SynthesisConfig, estimate_run
 from ..self_study.engines import check_engines, make_engines
+from ..self_study.estimate import SynthesisEstimate
 from ..trainer import SelfStudyConfig, SelfStudyTrainer
 from ..trainer.run_identity import RUN_FILE, check_run
 from ..tuner import CartridgeConfig
@@ -210,15 +211,14 @@ def run(args: argparse.Namespace) -> None:
     try:
         _check_servers(args, tokenizer)
         trainer = _make_trainer(args, documents, questions, tokenizer)
-        if trainer_args.max_steps != 0:
-            last = _last_checkpoint(folder, model.num_tokens)
-            if last is not None or Path(folder, CONFIG_FILE).exists():
-                check_run(trainer)
-            if last is not None and trainer.is_world_process_zero():
-                _say(f"Carrying on at {last}")
-            trainer.train(resume_from_checkpoint=last)
-            if last is not None and last.endswith(f"-{trainer.state.global_step}") and trainer.is_world_process_zero():
-                _say("The run was finished: more --steps carry it on, and another --output-dir begins anew.")
+        last = None if trainer_args.max_steps == 0 else _last_checkpoint(folder, model.num_tokens)
+        if trainer_args.max_steps != 0 and (last is not None or Path(folder, CONFIG_FILE).exists()):
+            check_run(trainer)
+        if last is not None and trainer.is_world_process_zero():
+            _say(f"Carrying on at {last}")
+        trainer.train(resume_from_checkpoint=last)
+        if last is not None and last.endswith(f"-{trainer.state.global_step}") and trainer.is_world_process_zero():
+            _say("The run was finished: more --steps carry it on, and another --output-dir begins anew.")
         if questions or trainer.eval_dataset:
             trainer.save_metrics("eval", trainer.evaluate())
         trainer.save_model()  # with its card, and, with --push-to-hub, on the Hub
@@ -243,6 +243,11 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError(f"--model: {args.model.model!r} is neither a folder nor a name on the Hub (`user/name`).")
     if args.model.load_in_4bit and args.model.load_in_8bit:
         raise ValueError("--load-in-4bit and --load-in-8bit do not go together: choose one.")
+    if args.data.conversations and args.trainer.num_eval_conversations:
+        raise ValueError(
+            "--num-eval-conversations does not go with --conversations, beside which nothing is written: leave one out, or "
+            "measure with --gold-questions."
+        )
     if args.trainer.max_steps == 0 and Path(args.trainer.output_dir, RUN_FILE).exists():
         raise ValueError(
             f"--steps 0 would put an untrained cartridge in the place of the one in {args.trainer.output_dir}: give "
@@ -259,8 +264,9 @@ def _check_servers(args: argparse.Namespace, tokenizer: Any) -> None:
         EngineError: none can be reached.
     """
     trainer = args.trainer
-    is_new = not (args.data.conversations or Path(trainer.output_dir).exists() or trainer.max_steps == 0)
-    if trainer.engine == "openai" and is_new:
+    is_new = not (args.data.conversations or Path(trainer.output_dir).exists())
+    writes = trainer.max_steps != 0 or trainer.num_eval_conversations
+    if trainer.engine == "openai" and is_new and writes:
         settings = SynthesisConfig.from_args(trainer, engine_model=trainer.engine_model or args.model.model)
         check_engines(make_engines(settings, None, tokenizer))
 
@@ -328,7 +334,8 @@ def _prepare(args: argparse.Namespace, documents: list[Document], tokenizer: Any
         plural = "" if len(documents) == 1 else "s"
         _say(f"Corpus: {len(documents):,} document{plural}, {tokens:,} tokens")
         if not args.data.conversations:
-            _say(f"To write: {estimate_run(settings, lengths, hidden_size=config.hidden_size)}")
+            estimate = estimate_run(settings, lengths, hidden_size=config.hidden_size)
+            _say(f"To write: {_describe_writing(args.trainer, estimate)}")
     if not model.num_tokens:
         _say("Cartridge: states of recurrent layers alone")
         return
@@ -342,6 +349,16 @@ def _prepare(args: argparse.Namespace, documents: list[Document], tokenizer: Any
         f"Cartridge: {model.num_tokens:,} tokens{suggested}, at most {4 * model.num_tokens * each / 1e6:,.2f} MB in its "
         f"file (float32) and {served} where it is served (bfloat16)"
     )
+
+
+def _describe_writing(args: SelfStudyConfig, estimate: SynthesisEstimate) -> str:
+    held_out = f"{args.num_eval_conversations:,} held-out conversations (--num-eval-conversations), to measure on"
+    if args.max_steps == 0:
+        return held_out if args.num_eval_conversations else "nothing (--steps 0 only initializes the cartridge)"
+    said = str(estimate)
+    if args.budget is not None and args.num_conversations is None:
+        said = f"as many as fit into --budget {args.budget}, which is measured when the run begins, and at most {said}"
+    return f"{said}\n{held_out}" if args.num_eval_conversations else said
 
 
 def suggest_num_tokens(corpus_tokens: int, share: int = 10) -> int:

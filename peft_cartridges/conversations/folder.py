@@ -57,6 +57,11 @@ class Part:
     def is_off_context(self) -> bool:
         return self.chunk == OFF_CONTEXT
 
+    @property
+    def about(self) -> str:
+        """What names its chunk in the ids of its conversations."""
+        return "off" if self.is_off_context else str(self.chunk)
+
 
 def cover(parts: Iterable[Part]) -> list[Part]:
     """Of parts that may overlap (a set was extended while a smaller one was made), those that have every conversation

@@ -98,9 +98,8 @@ class PartStudy:
         self.part, self.chunk, self.codec, self.args = part, chunk, codec, args
         self.seed_prompts, self.window = seed_prompts, window
         self._constants, self._address, self._given_rows = dict(constants or {}), address, given
-        self._about = "off" if chunk is None else str(part.chunk)
         system_prompts = args.system_prompts
-        system = random.Random(f"{args.synthesis_seed}/{self._about}").choice(system_prompts) if system_prompts else ""
+        system = random.Random(f"{args.synthesis_seed}/{part.about}").choice(system_prompts) if system_prompts else ""
         self.preamble = codec.encode_context(system) if system else codec.preamble
         self.context_text: str | None = None
         if chunk is None:
@@ -157,7 +156,7 @@ class PartStudy:
                 break
             self._held, self._given = [], []
             for place in missing:
-                rng = random.Random(f"{self.args.synthesis_seed}/{self._about}/{place.name}/{self._attempt}")
+                rng = random.Random(f"{self.args.synthesis_seed}/{self.part.about}/{place.name}/{self._attempt}")
                 question, answer = self._given_rows[int(place.name)] if place.kind == GIVEN else ("", "")  # type: ignore[index]
                 if place.kind == RECITATION or answer:
                     self._given.append((place, self._ready_made(rng, question, answer)))
@@ -225,7 +224,7 @@ class PartStudy:
             columns = TopK.concatenate(given).columns()
         return {
             **made.to_row(self.codec, self.preamble),
-            "id": f"{self._address[:12]}-{self._about}-{place.name}",
+            "id": f"{self._address[:12]}-{self.part.about}-{place.name}",
             "context": self.context_text,
             **columns,
             **self._constants,

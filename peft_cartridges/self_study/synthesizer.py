@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import atexit
-import contextlib
 import itertools
 import shutil
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -27,21 +26,18 @@ from ..conversations.rows import make_features, rows_to_table
 from ..corpus import Chunk, Chunker, iter_documents
 from ..model_identity import model_fingerprint, tokenizer_fingerprint
 from .dialogue import SeedPrompts
-from .dispatch import Dispatcher, Job
 from .engines import Engine, TransformersEngine, check_engines, make_engines
 from .off_context import GivenConversations, num_off_context
 from .part_study import PartStudy
 from .processes import Processes
-from .progress import Progress
 from .quality import Candidate, make_filters
 from .scoring import EngineScoring, ModelScorer
 from .sizes import conversations_of_chunks, num_conversations
+from .stages import Stage
 from .synthesis_config import SynthesisConfig
 
 # Parts whose first requests are measured against the window before anything runs.
 _PARTS_MEASURED = 32
-# Seconds between looks at parts that somebody else is making.
-_LOOK = 0.5
 
 
 class SelfStudySynthesizer:
@@ -105,7 +101,7 @@ class SelfStudySynthesizer:
                 '`teacher_targets` is "hidden_states", which engines do not give: pass the `model` to score with, or set '
                 '`teacher_targets="live"` (computed in the training step) or `"top_k"`.'
             )
-        scores = model is None and (kind == "top_k" or self.args.measures_usefulness)
+        scores = wants_top_k and model is None
         if scores and not all(one.gives_top_k and one.k >= self.args.teacher_top_k for one in self.engines):  # type: ignore[attr-defined]
             raise ValueError(
                 f"`teacher_top_k` is {self.args.teacher_top_k}, but an engine gives fewer log-probabilities: lower it, "
@@ -161,9 +157,7 @@ class SelfStudySynthesizer:
             folder.claim(identity)
         processes.wait_for_all()
         identity = folder.claim(identity)
-        chunks = self._chunks(chunker, wanted)
-        plan = plan_parts(folder.parts(WRITTEN), wanted)
-        self._check_window(chunker, chunks, plan)
+        chunks, plan = self._plan(chunker, wanted, folder.parts(WRITTEN))
         self._write(folder, plan, chunks, identity, shown=processes.is_main)
         stage = self._score(folder, plan, identity, shown=processes.is_main)
         processes.wait_for_all()
@@ -189,9 +183,7 @@ class SelfStudySynthesizer:
         identity = self._identity(digest.identity())
         each, rest = divmod(number, min(number, 4))
         wanted = {chunk: each + (chunk < rest) for chunk in range(min(number, 4))}
-        chunks = self._chunks(chunker, wanted)
-        plan = plan_parts((), wanted)
-        self._check_window(chunker, chunks, plan)
+        chunks, plan = self._plan(chunker, wanted)
         folder = ConversationFolder(_temporary_folder())
         folder.claim(identity)
         start = time.perf_counter()
@@ -214,7 +206,7 @@ class SelfStudySynthesizer:
         chunker = self._chunker(iter_documents(corpus))
         wanted = self._wanted(chunker)
         self._check_engines(None if output_dir is None else ConversationFolder(output_dir), wanted)
-        self._check_window(chunker, self._chunks(chunker, wanted), plan_parts((), wanted))
+        self._plan(chunker, wanted)
 
     def address(self, corpus: Any) -> str:
         """What the set of a corpus is addressed by: 64 hexadecimal digits, of all that decides its content (corpus,
@@ -267,9 +259,19 @@ class SelfStudySynthesizer:
             general = min(general, len(self._given))
         return {**wanted, OFF_CONTEXT: general} if general else wanted
 
-    def _chunks(self, chunker: Chunker, wanted: Mapping[int, int]) -> dict[int, Chunk]:
+    def _plan(
+        self, chunker: Chunker, wanted: Mapping[int, int], there: Sequence[Part] = ()
+    ) -> tuple[dict[int, Chunk], list[Part]]:
+        """The chunks, and the parts of the set.
+
+        Raises:
+            ValueError: as `_check_window`.
+        """
         number = sum(chunk != OFF_CONTEXT for chunk in wanted)
-        return dict(enumerate(itertools.islice(chunker.chunks(self.args.synthesis_seed), number)))
+        chunks = dict(enumerate(itertools.islice(chunker.chunks(self.args.synthesis_seed), number)))
+        plan = plan_parts(there, wanted)
+        self._check_window(chunker, chunks, plan)
+        return chunks, plan
 
     def _check_engines(self, folder: ConversationFolder | None, wanted: Mapping[int, int]) -> None:
         """Before anything is written. Where all that they are to do is there, engines may be gone."""
@@ -338,49 +340,7 @@ class SelfStudySynthesizer:
                     if mine:
                         self._score_here(folder, stage, job.part, identity)
 
-        self._run(folder, WRITTEN, plan, study, keep, "Conversations", shown)
-
-    def _run(
-        self,
-        folder: ConversationFolder,
-        stage: str,
-        plan: Sequence[Part],
-        make_job: Callable[[Part], Any],
-        keep: Callable[[Any], None],
-        title: str,
-        shown: bool,
-    ) -> None:
-        """Runs a job for each part of a stage that is not there, and waits for those that somebody else is making."""
-        pending = [part for part in plan if not folder.has(stage, part)]
-        with Progress(plan, pending, title, shown=shown and bool(pending)) as progress:
-            while pending:
-                with contextlib.ExitStack() as claims:
-                    held: dict[Any, contextlib.ExitStack] = {}
-
-                    def jobs(
-                        parts: list[Part] = pending, held: dict[Any, Any] = held, claims: Any = claims
-                    ) -> Iterator[Any]:
-                        for part in parts:
-                            claim = claims.enter_context(contextlib.ExitStack())
-                            if claim.enter_context(folder.claimed(stage, part)):
-                                job = make_job(part)
-                                held[job] = claim
-                                yield job
-                            else:
-                                claim.close()
-
-                    def finished(job: Any, held: dict[Any, contextlib.ExitStack] = held) -> None:
-                        keep(job)
-                        held.pop(job).close()
-                        progress.add(job.part)
-
-                    Dispatcher(self.engines).run(jobs(), finished, progress.answered)
-                before, pending = pending, [part for part in pending if not folder.has(stage, part)]
-                for part in set(before) - set(pending):
-                    progress.add(part)
-                if pending:
-                    progress.say(f"{len(pending)} parts are being made by another process")
-                    time.sleep(_LOOK)
+        Stage(folder, WRITTEN, plan, "Conversations", shown).run_jobs(self.engines, study, keep)
 
     # -- scoring -----------------------------------------------------------------------------------------------------
 
@@ -397,32 +357,22 @@ class SelfStudySynthesizer:
 
     def _score(self, folder: ConversationFolder, plan: Sequence[Part], identity: dict[str, Any], *, shown: bool) -> str:
         """Scores the parts that are not scored yet; gives the stage where they lie."""
-        stage = self._stage()
-        if stage == WRITTEN:
-            return stage
-        if self._engine_scores:
+        name = self._stage()
+        if name == WRITTEN:
+            return name
+        stage = Stage(folder, name, plan, "Scoring", shown)
+        if not self._engine_scores:
+            stage.make_each(lambda part: self._score_here(folder, name, part, identity))
+            return name
 
-            def scoring(part: Part) -> EngineScoring:
-                return EngineScoring(part, folder.read(WRITTEN, part), self.codec, self.args, self._bare_preamble)
+        def scoring(part: Part) -> EngineScoring:
+            return EngineScoring(part, folder.read(WRITTEN, part), self.codec, self.args, self._bare_preamble)
 
-            def keep(job: EngineScoring) -> None:
-                folder.write(stage, job.part, *job.result())
+        def keep(job: EngineScoring) -> None:
+            folder.write(name, job.part, *job.result())
 
-            self._run(folder, stage, plan, scoring, keep, "Scoring", shown)
-            return stage
-        pending = [part for part in plan if not folder.has(stage, part)]
-        with Progress(plan, pending, "Scoring", shown=shown and bool(pending)) as progress:
-            while pending:
-                for part in pending:
-                    with folder.claimed(stage, part) as mine:
-                        if mine:
-                            self._score_here(folder, stage, part, identity)
-                            progress.add(part)
-                pending = [part for part in pending if not folder.has(stage, part)]
-                if pending:
-                    progress.say(f"{len(pending)} parts are being scored by another process")
-                    time.sleep(_LOOK)
-        return stage
+        stage.run_jobs(self.engines, scoring, keep)
+        return name
 
     def _score_here(self, folder: ConversationFolder, stage: str, part: Part, identity: dict[str, Any]) -> None:
         assert self._scorer is not None
@@ -450,7 +400,7 @@ class SelfStudySynthesizer:
         for name, reason in left_out.items():
             lost.setdefault(name.split("-")[1], Counter())[reason] += 1
         for number, part in enumerate(plan):
-            if counted := lost.pop("off" if part.is_off_context else str(part.chunk), None):
+            if counted := lost.pop(part.about, None):
                 reports[number] = without(reports[number], counted)
         report = make_report(reports, lengths)
         there = folder.manifest() or {}
@@ -489,7 +439,7 @@ class SelfStudySynthesizer:
         manifest = folder.manifest() or {}
         dataset = read_parts(folder, stage, plan, manifest.get("left_out", {}))
         beyond = [
-            f"{manifest['address'][:12]}-{'off' if part.is_off_context else part.chunk}-{index}"
+            f"{manifest['address'][:12]}-{part.about}-{index}"
             for part in plan
             for index in range(max(part.first, wanted[part.chunk]), part.end)
         ]
@@ -513,6 +463,3 @@ def _temporary_folder() -> str:
     path = tempfile.mkdtemp(prefix="cartridges-self-study-")
     atexit.register(shutil.rmtree, path, ignore_errors=True)
     return path
-
-
-__all__ = ["Job", "SelfStudySynthesizer"]

@@ -16,6 +16,7 @@ from ..atomic_files import write_text
 from ..conversations import with_fast_targets
 from ..self_study.processes import Processes
 from .corpus_study import CONVERSATIONS_DIR
+from .run_identity import describe_run
 from .run_size import FEWEST, RunSize, fit_into, parse_budget
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ class RunBudget(TrainerCallback):
         self._end = time.perf_counter() + parse_budget(self.budget)
         self._per_conversation, self._per_step = 0.0, 0.0
         self._fixed_steps = args.max_steps if args.max_steps > 0 else None
+        self._given_conversations = args.num_conversations
 
     def size_conversations(self) -> None:
         """Sets `args.num_conversations`, where it is not given, by the time that writing some of them takes."""
@@ -94,16 +96,20 @@ class RunBudget(TrainerCallback):
 
     # -- measuring -----------------------------------------------------------------------------------------------------
 
+    @property
+    def _rows_per_step(self) -> int:
+        args = self.trainer.args
+        return args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+
     def _fit(self, wanted: int, made: int, *, written: bool = False) -> RunSize:
         args = self.trainer.args
-        rows_per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
         return Processes().same(
             lambda: fit_into(
                 self._end - time.perf_counter(),
                 per_conversation=self._per_conversation,
                 per_step=self._per_step,
                 conversations=wanted,
-                rows_per_step=rows_per_step,
+                rows_per_step=self._rows_per_step,
                 off_context_share=0.0 if written else args.off_context_share,
                 epochs=args.num_train_epochs,
                 made=made,
@@ -133,7 +139,9 @@ class RunBudget(TrainerCallback):
                     trainer._data.finish(batches, args.device)[0] if live else list(map(trainer.data_collator, groups))
                 )
                 for batch in batches:
-                    trainer.compute_loss(model, trainer._prepare_inputs(batch)).backward()
+                    with trainer.accelerator.autocast():  # which training puts around the model's forward
+                        loss = trainer.compute_loss(model, trainer._prepare_inputs(batch))
+                    loss.backward()
                 seconds = time.perf_counter() - start
         model.zero_grad(set_to_none=True)
         return seconds
@@ -144,10 +152,21 @@ class RunBudget(TrainerCallback):
     def _path(self) -> Path:
         return Path(self.trainer.args.output_dir or ".") / CONVERSATIONS_DIR / _FILE
 
-    def _of(self) -> list[str]:
-        """What the choice holds for."""
-        study = self.trainer.study
-        return [self.budget, "" if study is None else study.address(cast(PeftModel, self.trainer.model))]
+    def _of(self) -> dict[str, Any]:
+        """What the choice holds for: what the run is of, and what decides how much of that fits. The machine's speed is no part
+        of it, so that a run which moves keeps its steps."""
+        trainer, args = self.trainer, self.trainer.args
+        rows: Any = trainer.train_dataset
+        return {
+            **describe_run(trainer)["decided_by"],
+            "budget": self.budget,
+            "num_conversations": self._given_conversations,
+            "max_steps": self._fixed_steps,
+            "rows": len(rows) if trainer.study is None and isinstance(rows, Dataset) else None,
+            "rows_per_step": self._rows_per_step,
+            "num_train_epochs": args.num_train_epochs,
+            "teacher_targets": args.teacher_targets,
+        }
 
     def _kept(self) -> RunSize | None:
         try:

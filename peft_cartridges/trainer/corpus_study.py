@@ -19,13 +19,12 @@ from ..conversations.folder import WRITTEN
 from ..corpus import as_documents
 from ..self_study import Engine, SelfStudySynthesizer, SynthesisConfig
 from ..self_study.sizes import default_conversations
-from .data_checks import first_rows
+from .data_checks import ROWS_OF_A_STREAM, first_rows
 from .rounds import ConversationRounds
 from .self_study_config import SelfStudyConfig
 
 # Trainer's pushes to the Hub leave out what begins with an underscore: the conversations hold the corpus's text.
 CONVERSATIONS_DIR = "_conversations"
-_ROWS_OF_A_STREAM = 256
 
 
 class CorpusStudy:
@@ -185,7 +184,7 @@ def text_of_contexts(dataset: Any) -> str | None:
             return None
         contexts = dataset.select_columns(["context"]).with_format("arrow")[:]["context"].unique().to_pylist()
     else:
-        contexts = dict.fromkeys(row.get("context") for row in first_rows(dataset, _ROWS_OF_A_STREAM))
+        contexts = dict.fromkeys(row.get("context") for row in first_rows(dataset, ROWS_OF_A_STREAM))
     return "\n\n".join(filter(None, contexts)) or None
 
 

@@ -5,20 +5,40 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
+from datasets import Dataset, IterableDataset
+
 from ..attention.probe import get_text_config
 from ..chat import get_tokenizer
 from ..conversations import read_provenance
 from ..conversations.provenance import FORMAT
+from ..conversations.rows import off_context_rows
 from ..model_identity import model_fingerprint, tokenizer_fingerprint
 from .batches import STATES, has_targets
 from .self_study_config import SelfStudyConfig
 
 _ROWS_LOOKED_AT = 8
+# So many of a stream's tell what kinds there are.
+ROWS_OF_A_STREAM = 256
 
 
 def first_rows(dataset: Any, number: int = _ROWS_LOOKED_AT) -> list[dict[str, Any]]:
     """The first rows of a data set, also of one that comes row by row."""
     return list(itertools.islice(iter(dataset), number))
+
+
+def without_off_context(dataset: Any) -> Any:
+    """A data set without the general conversations that are among others; one of nothing else stays as it is (of a stream:
+    one that begins with so many)."""
+    if isinstance(dataset, Dataset) and (general := set(off_context_rows(dataset))):
+        about = [index for index in range(len(dataset)) if index not in general]
+        return dataset.select(about) if about else dataset
+    if isinstance(dataset, IterableDataset) and any(map(_is_about_a_text, itertools.islice(dataset, ROWS_OF_A_STREAM))):
+        return dataset.filter(_is_about_a_text)
+    return dataset
+
+
+def _is_about_a_text(row: dict[str, Any]) -> bool:
+    return "context" not in row or bool(row["context"])
 
 
 def is_corpus(dataset: Any) -> bool:

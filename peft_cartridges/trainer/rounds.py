@@ -40,6 +40,11 @@ class ConversationRounds(TorchDataset[dict[str, Any]]):
     def __len__(self) -> int:
         return self.rows_per_round * self.num_rounds
 
+    @property
+    def num_off_context(self) -> int:
+        """How many of all rows are general conversations."""
+        return self.off_context * self.num_rounds
+
     def __getitem__(self, index: int) -> dict[str, Any]:
         number, row = divmod(index, self.rows_per_round)
         if number != self._round:

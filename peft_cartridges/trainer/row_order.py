@@ -28,6 +28,7 @@ class SeededOrder(Sampler[int]):
         size: How many rows there are.
         seed: Of the order.
         arrange: Puts a shuffled order into batches; `None` leaves it as it is.
+        shuffled: Whether the order is random; otherwise it is the data set's, with general conversations in between.
         off_context: Which rows are general conversations. They are a share of every stretch, whatever their number: some
             are left out of a pass, or used more than once in it.
         share: Which share. 0 leaves them all out.
@@ -39,12 +40,14 @@ class SeededOrder(Sampler[int]):
         seed: int,
         arrange: Arrange | None = None,
         *,
+        shuffled: bool = True,
         off_context: Sequence[int] = (),
         share: float = 0.0,
     ) -> None:
         apart = set(off_context)
         self.seed = seed
         self.arrange = arrange or spread
+        self.shuffled = shuffled
         self.epoch = 0
         self._off_context = list(off_context)
         self._others = [index for index in range(size) if index not in apart]
@@ -60,7 +63,9 @@ class SeededOrder(Sampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(self.seed + 1_000_003 * self.epoch)
-        order = [self._others[place] for place in torch.randperm(len(self._others), generator=generator).tolist()]
+        order = self._others
+        if self.shuffled:
+            order = [order[place] for place in torch.randperm(len(order), generator=generator).tolist()]
         # Pass after pass goes on where the last one ended, so that all are used alike often.
         first, general = self.epoch * self._number, self._off_context
         drawn = [general[place % len(general)] for place in range(first, first + self._number)]

@@ -18,7 +18,6 @@ from datasets import Dataset
 from ..adapter_folder import CONFIG_FILE, read_cartridge
 from ..chat import get_tokenizer
 from ..conversations import read_provenance
-from ..conversations.rows import off_context_rows
 from ..hub import CardFacts, Metric, save_facts, write_model_card
 from ..hub.base_license import read_base_license
 from ..hub.card_facts import gate_facts
@@ -88,17 +87,21 @@ def _facts(trainer: SelfStudyTrainer, folder: str) -> CardFacts:
     recipe["lr_scheduler_type"] = getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)
     recipe["optimizer_steps"] = trainer.state.global_step
     recipe |= {name: value for name, value in origin.get("synthesis", {}).items() if name in _SYNTHESIS}
-    typed = isinstance(data, Dataset) and "seed_type" in data.column_names
     known = hasattr(data, "__len__") and (study is None or study.is_written)
+    learned: Any = trainer._data.learned(data) if known else None
+    general = trainer._data.num_off_context(data) if known else None
+    if general == 0:  # whatever share was asked for
+        recipe["off_context_share"] = 0.0
+    typed = isinstance(learned, Dataset) and "seed_type" in learned.column_names
     return CardFacts(
         repo_id=getattr(trainer, "hub_model_id", None),
         corpus_name=corpus.get("name"),
         corpus_tokens=tokens,
         corpus_sha256=digest,
         recipe=recipe,
-        num_conversations=len(data) if known else None,
-        off_context_conversations=len(off_context_rows(data)) if known and isinstance(data, Dataset) else None,
-        seed_types=dict(Counter(data["seed_type"])) if typed else {},
+        num_conversations=len(learned) if known else None,
+        off_context_conversations=general,
+        seed_types=dict(Counter(learned["seed_type"])) if typed else {},
         filters=report.get("dropped", {}),
         metrics=_metrics(trainer),
         training_curve=FILE_NAME if (Path(folder) / FILE_NAME).is_file() else None,

@@ -191,8 +191,8 @@ class SelfStudyConfig(SynthesisConfig, _BaseConfig):
         default=-1,
         metadata={
             "aliases": ["--steps"],
-            "help": "Optimizer steps; -1 passes over the conversations `num_train_epochs` times. With `cartridges train`, "
-            "0 only initializes the cartridge.",
+            "help": "Optimizer steps; -1 passes over the conversations `num_train_epochs` times. 0 only "
+            "initializes the cartridge.",
         },
     )
     budget: str | None = field(
@@ -342,6 +342,10 @@ class SelfStudyConfig(SynthesisConfig, _BaseConfig):
             )
         if self.budget is not None:
             parse_budget(self.budget)
+        if self.budget is not None and self.max_steps == 0:
+            raise ValueError(
+                "`budget` does not go with `max_steps=0` (`--steps 0`), which only initializes the cartridge: leave one out."
+            )
         if self.budget is not None and self.resample_every:
             raise ValueError(
                 "`budget` does not go with `resample_every`: set how many steps there are with `max_steps`."

@@ -6,7 +6,6 @@ import copy
 import sys
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, TypeAlias, cast
 
 import torch
@@ -15,10 +14,9 @@ from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.data import SequentialSampler
 from transformers import PreTrainedModel, TrainerCallback
-from transformers.trainer_utils import EvalLoopOutput, EvalPrediction
+from transformers.trainer_utils import EvalLoopOutput, EvalPrediction, TrainOutput
 
 from ..chat import ChatCodec, get_tokenizer, with_cartridge_chat_template
-from ..gate import GATE_FILE, Gate
 from ..hidden_states import OutputHead, forward_hidden_states
 from ..hub.base_model import identify_base_model
 from ..initialization import initialize_cartridge, needs_text
@@ -26,13 +24,12 @@ from ..objectives import Objective
 from ..tuner import CartridgeConfig
 from .batches import SelfStudyCollator, keep_rows, source_of
 from .budget import RunBudget
-from .cartridge_parameters import MovingAverage, find_broken_parameter, parameter_groups, sample_values
-from .checkpoints import CheckpointWriter
+from .cartridge_parameters import MovingAverage, parameter_groups, sample_values
+from .checkpoints import CheckpointingTrainer
 from .corpus_study import CorpusStudy, count_tokens, find_hub_datasets, text_of_contexts
 from .data_checks import check_data, is_corpus
 from .gap_evaluation import GapEvaluation
 from .model_preparation import (
-    adapter_state,
     add_cartridge,
     check_distribution,
     check_packing,
@@ -42,7 +39,7 @@ from .model_preparation import (
 )
 from .pushing import CartridgePusher, PushingTrainer, check_base_name
 from .run_card import write_run_card
-from .run_gate import make_run_gate
+from .run_gate import RunGate
 from .run_identity import check_run, keep_run
 from .run_size import default_learning_rate
 from .self_study_config import INITIALIZE_FROM_NOTHING, SelfStudyConfig
@@ -53,7 +50,7 @@ from .training_curve import TrainingCurveCallback
 AnyDataset: TypeAlias = Dataset | IterableDataset
 
 
-class SelfStudyTrainer(PushingTrainer):
+class SelfStudyTrainer(CheckpointingTrainer, PushingTrainer):
     """Trains a cartridge by self-study and context distillation (arXiv 2506.06266): the model with a chunk of the
     corpus in context is the teacher, the same model with the cartridge is the student.
 
@@ -179,10 +176,9 @@ class SelfStudyTrainer(PushingTrainer):
         self._noise = sample_values(peft_model) if is_new else None
         self.average = MovingAverage(peft_model, args.ema_decay)
         self.pusher = CartridgePusher(self)
-        self._checkpoints = CheckpointWriter(self)
-        if isinstance(train_dataset, IterableDataset):
-            # Batches are of unequal size, so accelerate cannot cut one apart for several processes.
-            cast(Any, args.accelerator_config).dispatch_batches = False
+        self.run_gate = RunGate(self)
+        # A stream's batches are of unequal size, so accelerate cannot cut one apart for several processes.
+        cast(Any, args.accelerator_config).dispatch_batches = False
         evaluates_later = bool(gold_questions or (self.study is not None and args.num_eval_conversations))
         super().__init__(
             model=peft_model,
@@ -229,7 +225,6 @@ class SelfStudyTrainer(PushingTrainer):
         self.bare_preamble = bare.preamble if bare.has_template else []
         self._data = StepData(self)
         check_settings(self)
-        self._gate: Gate | None = None
         self._throughput = Throughput()
         self._measured = torch.zeros(2, dtype=torch.float64, device=args.device)  # sum of KL, number of tokens
 
@@ -264,8 +259,7 @@ class SelfStudyTrainer(PushingTrainer):
         if self.study is None or self.study.is_written:
             return
         self._place_model()
-        if self.args.num_eval_conversations and not self.eval_dataset:
-            self.eval_dataset = self.study.write_held_out(cast(PeftModel, self.model))
+        self._write_held_out()
         if self.budget is not None:
             self.budget.size_conversations()
         start = time.perf_counter()
@@ -273,6 +267,11 @@ class SelfStudyTrainer(PushingTrainer):
         if isinstance(self.train_dataset, Dataset):
             seconds = time.perf_counter() - start
             self.log({"synthesis/conversations": len(self.train_dataset), "synthesis/seconds": round(seconds, 1)})
+
+    def _write_held_out(self) -> None:
+        if self.study is not None and self.args.num_eval_conversations and not self.eval_dataset:
+            self._place_model()
+            self.eval_dataset = self.study.write_held_out(cast(PeftModel, self.model))
 
     def _place_model(self) -> None:
         """`Trainer` leaves the placing to DeepSpeed, which does it only when training is on."""
@@ -285,12 +284,19 @@ class SelfStudyTrainer(PushingTrainer):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """As `Trainer.train`, with the initialization of the cartridge and the writing of conversations first; with
-        `ema_decay` the model holds the average afterwards.
+        `ema_decay` the model holds the average afterwards. With `max_steps=0` the cartridge is only initialized, and a
+        checkpoint that has all of its steps is only loaded.
 
         Raises:
-            ValueError: it is to carry on a run of something else, see `check_run`.
+            ValueError: it is to carry on a run of something else, see `check_run`, or one without steps.
             TrainingDivergedError: the loss or a gradient is NaN or infinite.
         """
+        if self.args.max_steps == 0:
+            if resume_from_checkpoint:
+                raise ValueError("`max_steps=0` only initializes a cartridge: leave `resume_from_checkpoint` out.")
+            self.initialize_cartridge()
+            self._write_held_out()
+            return TrainOutput(0, 0.0, {})
         if self.study is not None and not self.study.is_written:
             self.study.check(cast(PeftModel, self.model))
         if resume_from_checkpoint:  # it brings its cartridge along
@@ -303,6 +309,11 @@ class SelfStudyTrainer(PushingTrainer):
         keep_run(self)
         if self.budget is not None:
             self.budget.size_steps(resumed=bool(resume_from_checkpoint))
+        if self.args.off_context_share and self._data.num_off_context(self.train_dataset) == 0:
+            self._say(
+                f"`off_context_share` is {self.args.off_context_share:g}, but there are no general conversations in "
+                "`train_dataset`: none are mixed in."
+            )
         self._throughput.restart()
         output = super().train(resume_from_checkpoint, *args, **kwargs)
         self.average.apply()
@@ -368,17 +379,6 @@ class SelfStudyTrainer(PushingTrainer):
                 loss = loss * self.accelerator.num_processes
         return (loss, {"loss": loss, "hidden_states": hidden}) if return_outputs else loss
 
-    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
-        """As `Trainer.training_step`.
-
-        Raises:
-            TrainingDivergedError: the loss is NaN or infinite.
-        """
-        loss = super().training_step(model, inputs, num_items_in_batch)
-        if not torch.isfinite(loss).all():
-            raise self._checkpoints.diverged(f"the loss is {loss.item()}")
-        return loss
-
     # -- optimization ------------------------------------------------------------------------------------------------
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
@@ -391,41 +391,6 @@ class SelfStudyTrainer(PushingTrainer):
             groups = parameter_groups(trained, rates, weight_decay=args.weight_decay)
             self.optimizer = optimizer_class(groups, **options)
         return super().create_optimizer(model)
-
-    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
-        # With fp16, the gradient scaler skips such a step and goes on with a smaller scale.
-        if norm is not None and self.accelerator.scaler is None and not torch.isfinite(torch.as_tensor(norm)).all():
-            raise self._checkpoints.diverged(f"the norm of the gradient is {float(norm)}")
-        return norm
-
-    # -- checkpoints: whole or not at all, of the average ----------------------------------------------------------------
-
-    def _get_output_dir(self, trial: Any) -> str:
-        return self._checkpoints.folder(super()._get_output_dir(trial))
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        if broken := find_broken_parameter(cast(nn.Module, self.model)):
-            raise self._checkpoints.diverged(f"`{broken}` holds NaN or infinite values")
-        save = super()._save_checkpoint
-        self._checkpoints.write(self._get_output_dir(trial), lambda: save(model, trial), self.average.save)
-
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        with self.average.applied():
-            super()._save(output_dir, state_dict or adapter_state(self.model))
-        self._gate, folder = self._gate or make_run_gate(self), output_dir or self.args.output_dir or "."
-        if self._gate is not None:
-            self._gate.save_pretrained(folder)
-        else:  # of an earlier run in this folder
-            Path(folder, GATE_FILE).unlink(missing_ok=True)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        self.average.load(resume_from_checkpoint)
-
-    def _load_best_model(self) -> None:
-        super()._load_best_model()
-        self.average.restart()
 
     # -- evaluation --------------------------------------------------------------------------------------------------
 

@@ -14,7 +14,7 @@ from torch.utils.data import Sampler
 from ..conversations import with_fast_targets
 from ..conversations.rows import off_context_rows
 from .batches import STATES, TOP_K, EvenRows, EvenStream, SelfStudyCollator, has_targets
-from .data_checks import first_rows
+from .data_checks import first_rows, without_off_context
 from .live_targets import LiveTargets, LiveTeacher
 from .rounds import ConversationRounds, RoundOrder
 from .row_order import Arrange, SeededOrder, by_chunk, by_length, row_lengths
@@ -22,6 +22,7 @@ from .row_order import Arrange, SeededOrder, by_chunk, by_length, row_lengths
 if TYPE_CHECKING:
     from .self_study_trainer import SelfStudyTrainer
 
+_ORDERS = ("group_by_length", "random", "sequential")  # others are `Trainer`'s own
 _NEEDED = ("input_ids", "completion_mask", STATES, *TOP_K)
 
 
@@ -57,7 +58,7 @@ class StepData:
         args, strategy = self.args, self.args.train_sampling_strategy
         if isinstance(dataset, ConversationRounds):
             return RoundOrder(dataset, self.seed)
-        if strategy not in ("group_by_length", "random") or not isinstance(dataset, Dataset):
+        if not self._is_ordered(dataset):
             return None
         arrange: Arrange | None = None
         if strategy == "group_by_length" and self.is_live(dataset):
@@ -66,15 +67,36 @@ class StepData:
         elif strategy == "group_by_length":
             per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
             arrange = by_length(row_lengths(dataset), per_step)
-        general = off_context_rows(dataset)
-        return SeededOrder(len(dataset), self.seed, arrange, off_context=general, share=args.off_context_share)
+        return SeededOrder(
+            len(dataset),
+            self.seed,
+            arrange,
+            shuffled=strategy != "sequential",
+            off_context=off_context_rows(dataset),
+            share=args.off_context_share,
+        )
+
+    def _is_ordered(self, dataset: Any) -> bool:
+        return isinstance(dataset, Dataset) and self.args.train_sampling_strategy in _ORDERS
+
+    def learned(self, dataset: Any) -> Any:
+        """The rows that are trained on: without the general conversations among others where their share is 0."""
+        return dataset if self.args.off_context_share else without_off_context(dataset)
+
+    def num_off_context(self, dataset: Any) -> int | None:
+        """How many general conversations there are to train on; `None` of a stream, which does not tell."""
+        if isinstance(dataset, ConversationRounds):
+            return dataset.num_off_context
+        return len(off_context_rows(self.learned(dataset))) if isinstance(dataset, Dataset) else None
 
     def prepared(self, dataset: Any, batch_size: int, *, is_training: bool) -> Any:
         """The data set as its loader reads it: without columns that nobody looks at, and, to be measured, filled up to
-        the same number of batches for every process and without the general conversations that are among others."""
-        if not is_training and isinstance(dataset, Dataset) and (general := set(off_context_rows(dataset))):
-            about = [index for index in range(len(dataset)) if index not in general]
-            dataset = dataset.select(about) if about else dataset
+        the same number of batches for every process and without the general conversations that are among others. A
+        data set that is trained on is without them where their share is 0 and no order of ours leaves them out."""
+        if not is_training:
+            dataset = without_off_context(dataset)
+        elif not self._is_ordered(dataset):
+            dataset = self.learned(dataset)
         live = self.is_live(dataset, is_training=is_training)
         if isinstance(dataset, Dataset) and isinstance(self.trainer.data_collator, SelfStudyCollator) and not live:
             wanted = _NEEDED if self.args.needs_teacher or not is_training else _NEEDED[:2]

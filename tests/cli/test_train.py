@@ -160,6 +160,29 @@ def test_no_steps_only_initialize_the_cartridge(folder: Path) -> None:
     assert torch.equal(made, matched) and not torch.allclose(made, attended)
 
 
+def test_no_steps_announce_and_measure_what_they_make(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert _train(folder, "--steps", "0", *SYNTHESIS) == 0
+    said = capsys.readouterr().err
+    assert "To write: nothing (--steps 0 only initializes the cartridge)" in said and "16 conversations" not in said
+    assert _train(folder, "--steps", "0", *SYNTHESIS, "--num-eval-conversations", "4", name="held_out") == 0
+    said = capsys.readouterr().err
+    assert "To write: 4 held-out conversations (--num-eval-conversations), to measure on" in said
+    assert "16 conversations" not in said
+    results = json.loads((folder / "held_out" / "eval_results.json").read_text())
+    assert results["eval_loss"] > 0 and "eval_conversation_gap_closed" in results
+    facts = json.loads((folder / "held_out" / "cartridge.json").read_text())
+    assert facts["recipe"]["optimizer_steps"] == 0 and not facts.get("num_conversations")
+
+
+def test_what_a_budget_writes_is_said_as_a_limit(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    without = SYNTHESIS[2:]  # without --num-conversations
+    assert _train(folder, "--estimate", "--budget", "5m", *without) == 0
+    said = capsys.readouterr().err
+    assert "To write: as many as fit into --budget 5m, which is measured when the run begins, and at most 512" in said
+    assert _train(folder, "--estimate", "--budget", "5m", *SYNTHESIS) == 0
+    assert "To write: 16 conversations (" in capsys.readouterr().err, "what is given stands"
+
+
 def test_without_a_length_it_is_a_tenth_of_the_text(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     place = ["--model", str(folder / "model"), "--use-cpu", "--steps", "0"]
     assert main(["train", str(folder / "corpus.md"), *place, "--output-dir", str(folder / "out"), *SYNTHESIS]) == 0
@@ -208,6 +231,8 @@ def test_yaml_and_the_command_line_share_their_options(folder: Path) -> None:
         (["--gold-questions", "missing.jsonl"], "missing.jsonl"),
         (["--model", "no/such-model"], "--model: the tokenizer of 'no/such-model' could not be loaded"),
         (["--tokens", "3"], "--tokens"),
+        (["--steps", "0", "--budget", "5m"], "`budget` does not go with `max_steps=0` (`--steps 0`)"),
+        (["--conversations", "set", "--num-eval-conversations", "4"], "--num-eval-conversations does not go with"),
         (["--budget", "soon"], "`budget` is 'soon': give a time, for instance 90s, 5m or 1h30m"),
         (["--off-context-dataset", "no.jsonl", *SYNTHESIS], "`off_context_dataset` is 'no.jsonl': give a file"),
         (["--steps", "2", "--num-tokens", "400", *SYNTHESIS], "fewer than `num_tokens=400`"),
@@ -297,6 +322,17 @@ def test_more_steps_carry_a_run_on_and_a_finished_one_is_told(folder: Path, caps
     assert "Carrying on at" in told and "was finished" not in told
     facts = json.loads((folder / "out" / "cartridge.json").read_text())
     assert facts["recipe"]["optimizer_steps"] == 5
+
+
+def test_the_same_command_again_trains_no_step_more(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for _ in range(2):  # three steps are a pass and a half
+        assert _train(folder, *SYNTHESIS, "--steps", "3") == 0
+        kept = {path: path.read_bytes() for path in (folder / "out").rglob("adapter_model.safetensors")}
+    assert "The run was finished" in capsys.readouterr().err
+    assert json.loads((folder / "out" / "cartridge.json").read_text())["recipe"]["optimizer_steps"] == 3
+    shutil.rmtree(folder / "out")
+    assert _train(folder, *SYNTHESIS, "--steps", "3") == 0
+    assert kept == {path: path.read_bytes() for path in (folder / "out").rglob("adapter_model.safetensors")}
 
 
 def test_a_cartridge_begins_with_another_one(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

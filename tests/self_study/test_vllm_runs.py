@@ -110,7 +110,7 @@ def _losses(out: Path) -> list[float]:
     return [entry["loss"] for entry in history if "loss" in entry]
 
 
-def _same_run(folder: Path, out: Path, expected: Path, engine: str) -> None:
+def _check_same_run(folder: Path, out: Path, expected: Path, engine: str) -> None:
     """The same conversations, which this engine wrote, the same losses, and a cartridge that answers alike."""
     sets = [load_self_study(next((one / "_conversations").iterdir())) for one in (out, expected)]
     assert sets[0]["messages"] == sets[1]["messages"] and len(sets[0]) > 4
@@ -121,12 +121,12 @@ def _same_run(folder: Path, out: Path, expected: Path, engine: str) -> None:
 
 def test_the_trainer_has_vllm_write_in_its_process(folder: Path, by_transformers: Path) -> None:
     out = _train(folder, "colocate", "--use-vllm", "--engine-options", json.dumps(IN_PROCESS))
-    _same_run(folder, out, by_transformers, "vllm")
+    _check_same_run(folder, out, by_transformers, "vllm")
 
 
 def test_the_trainer_has_a_server_write(folder: Path, server: str, by_transformers: Path) -> None:
     out = _train(folder, "server", "--use-vllm", "--vllm-mode", "server", "--vllm-server-base-url", server)
-    _same_run(folder, out, by_transformers, "openai")
+    _check_same_run(folder, out, by_transformers, "openai")
 
 
 @pytest.mark.parametrize("mode", ["colocate", "server"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from datasets import Dataset
 from peft import PeftModel
 from transformers.trainer_utils import get_last_checkpoint
 
+from peft_cartridges.gate import GATE_FILE
 from peft_cartridges.trainer.checkpoints import PARTIAL_DIR, TrainingDivergedError
 from tests.tiny_models import tiny_model
 from tests.trainer.small_runs import losses, make_conversations, make_trainer
@@ -42,6 +44,55 @@ def test_a_resumed_run_is_the_unbroken_run_bit_for_bit(tmp_path: Path, conversat
     assert losses(resumed) == losses(whole)
     for a, b in zip(whole.model.get_kv_prefix().keys, resumed.model.get_kv_prefix().keys, strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(
+    "length",
+    [{"max_steps": 4}, {"max_steps": -1, "num_train_epochs": 1.4}, {"max_steps": -1, "num_train_epochs": 2.0}],
+)
+def test_a_finished_run_stays_as_it_is(tmp_path: Path, conversations: Dataset, length: dict) -> None:
+    options = {**RUN, "save_steps": 1, "ema_decay": 0.5, "learning_rate": 0.01, **length}
+    whole = make_trainer(tmp_path, dataset=conversations, **options)
+    whole.train()
+    files = {path: path.read_bytes() for path in tmp_path.rglob("checkpoint-*/*")}
+    again = make_trainer(tmp_path, dataset=conversations, **{**options, "learning_rate": 0.03})
+    output = again.train(resume_from_checkpoint=True)
+    assert output.global_step == again.state.global_step == again.state.max_steps == whole.state.global_step
+    assert losses(again) == losses(whole)
+    for a, b in zip(whole.model.get_kv_prefix().values, again.model.get_kv_prefix().values, strict=True):
+        assert torch.equal(a, b)
+    assert files == {path: path.read_bytes() for path in tmp_path.rglob("checkpoint-*/*")}
+
+
+def test_a_finished_run_gives_its_best_cartridge_again(tmp_path: Path, conversations: Dataset) -> None:
+    best = {"eval_strategy": "steps", "eval_steps": 1, "load_best_model_at_end": True, "greater_is_better": True}
+    options = {**RUN, **best, "save_steps": 1, "max_steps": 4, "save_total_limit": 2}
+    whole, again = (
+        make_trainer(tmp_path, dataset=conversations, arguments={"eval_dataset": conversations}, **options)
+        for _ in range(2)
+    )
+    whole.train()
+    assert whole.state.best_global_step < 4, "the one with the largest loss"
+    again.train(resume_from_checkpoint=True)
+    for a, b in zip(whole.model.get_kv_prefix().values, again.model.get_kv_prefix().values, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_run_without_a_gate_takes_an_earlier_one_away(tmp_path: Path, conversations: Dataset) -> None:
+    make_trainer(tmp_path, dataset=conversations).save_model()
+    assert (tmp_path / GATE_FILE).is_file() and "gate" in json.loads((tmp_path / "cartridge.json").read_text())
+    make_trainer(tmp_path, dataset=conversations, gate=False).save_model()
+    assert not (tmp_path / GATE_FILE).exists() and "gate" not in json.loads((tmp_path / "cartridge.json").read_text())
+
+
+@pytest.mark.parametrize("corpus", [True, False])
+def test_a_run_is_not_carried_on_with_another_share(tmp_path: Path, conversations: Dataset, corpus: bool) -> None:
+    dataset = None if corpus else conversations
+    options = {**RUN, "save_steps": 1, "max_steps": 2}
+    make_trainer(tmp_path, dataset=dataset, off_context_share=0.2, **options).train()
+    other = make_trainer(tmp_path, dataset=dataset, off_context_share=0.1, **options)
+    with pytest.raises(ValueError, match=r"another cartridge: off_context_share \(0.2 there, 0.1 now\)"):
+        other.train(resume_from_checkpoint=True)
 
 
 def test_the_order_of_later_passes_differs_from_the_first(tmp_path: Path, conversations: Dataset) -> None:

@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
+from peft import get_peft_model
 
 from peft_cartridges import CartridgeConfig, SelfStudyTrainer, load_self_study
 from peft_cartridges.conversations.rows import off_context_rows
+from peft_cartridges.self_study.off_context import num_off_context
 from peft_cartridges.self_study.sizes import FEWEST_CONVERSATIONS
 from peft_cartridges.trainer.budget import RunBudget
 from tests.tiny_models import tiny_model
@@ -86,6 +88,77 @@ def test_a_run_on_a_corpus_mixes_its_share_and_its_held_out_set_none(tmp_path: P
     assert "16 conversations about the text" in card and "4 about nothing in it" in card
 
 
+def _card(trainer: SelfStudyTrainer, folder: Path) -> tuple[str, dict[str, Any]]:
+    trainer.save_model()
+    return (folder / "README.md").read_text(), json.loads((folder / "cartridge.json").read_text())
+
+
+def test_the_card_counts_what_is_learned(tmp_path: Path, mixed: Dataset, capsys: pytest.CaptureFixture[str]) -> None:
+    none = make_trainer(tmp_path / "none", dataset=mixed, off_context_share=0.0)
+    card, facts = _card(none, tmp_path / "none")
+    assert "16 conversations about the text" in card and "about nothing in it" not in card
+    assert facts["num_conversations"] == 16 and "general" not in facts["seed_types"]
+    assert facts["recipe"]["off_context_share"] == 0
+
+    about = mixed.select(range(16))
+    lacks = make_trainer(tmp_path / "lacks", dataset=about, off_context_share=0.2, max_steps=1, disable_tqdm=False)
+    lacks.train()
+    assert "`off_context_share` is 0.2, but there are no general conversations" in capsys.readouterr().err
+    card, facts = _card(lacks, tmp_path / "lacks")
+    assert facts["num_conversations"] == 16 and facts["recipe"]["off_context_share"] == 0
+
+    nothing_else = make_trainer(tmp_path / "off", dataset=mixed.select(off_context_rows(mixed)), off_context_share=0.0)
+    _, facts = _card(nothing_else, tmp_path / "off")
+    assert facts["num_conversations"] == facts["off_context_conversations"] == 4
+
+
+def test_the_card_counts_the_general_rows_of_rounds(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, off_context_share=0.25, resample_every=2, max_steps=4)
+    trainer.train()
+    card, facts = _card(trainer, tmp_path)
+    assert facts["num_conversations"] == 32 and facts["off_context_conversations"] == 8
+    assert facts["recipe"]["off_context_share"] == 0.25 and "24 conversations about the text" in card
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.2])
+def test_rows_in_sequence_have_their_share(tmp_path: Path, mixed: Dataset, share: float) -> None:
+    trainer = make_trainer(tmp_path, dataset=mixed, off_context_share=share, train_sampling_strategy="sequential")
+    order, general = list(trainer._get_train_sampler()), set(off_context_rows(mixed))
+    assert [index for index in order if index not in general] == list(range(16))
+    assert sum(index in general for index in order) == num_off_context(16, share)
+    assert sum(index in general for index in order[:10]) == round(10 * share)
+    plain = make_trainer(tmp_path, dataset=mixed.select(range(16)), train_sampling_strategy="sequential")
+    assert list(plain._get_train_sampler()) == list(range(16))
+
+
+def test_a_stream_without_a_share_has_no_general_rows(tmp_path: Path, mixed: Dataset) -> None:
+    rows = mixed.select([16, 17, *range(16), 18, 19])
+
+    def trained(dataset: Any, share: float) -> list[float]:
+        options = {"train_sampling_strategy": "sequential", "max_steps": 2, "arguments": {"corpus": TEXT}}
+        trainer = make_trainer(tmp_path, dataset=dataset, off_context_share=share, **options)
+        trainer.train()
+        return losses(trainer)
+
+    expected = trained(mixed.select(range(16)), 0.0)
+    assert trained(rows, 0.0) == trained(rows.to_iterable_dataset(), 0.0) == expected
+    # Where the order is transformers' own, too.
+    options = {"train_sampling_strategy": "batch_rebalance", "off_context_share": 0.0}
+    assert len(make_trainer(tmp_path, dataset=rows, **options).get_train_dataloader().dataset) == 16
+    # With a share a stream's rows come as they are.
+    assert trained(rows.to_iterable_dataset(), 0.2) == trained(rows.remove_columns("context"), 0.0) != expected
+
+
+def test_evaluation_of_a_stream_leaves_general_rows_out(tmp_path: Path, mixed: Dataset) -> None:
+    trainer = make_trainer(tmp_path, dataset=mixed)
+    for rows in (mixed, mixed.select(off_context_rows(mixed))):
+        found, expected = trainer.evaluate(rows.to_iterable_dataset()), trainer.evaluate(rows)
+        assert found["eval_loss"] == pytest.approx(expected["eval_loss"], rel=1e-6)
+        assert found["eval_conversation_gap_closed"] == pytest.approx(
+            expected["eval_conversation_gap_closed"], abs=1e-6
+        )
+
+
 def test_rounds_have_their_share(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, off_context_share=0.25, resample_every=2, max_steps=4)
     trainer.train()
@@ -148,6 +221,54 @@ def test_a_budget_sizes_conversations_and_steps(tmp_path: Path, capsys: pytest.C
     again = make_trainer(tmp_path, conversations_per_chunk=8, **options)
     again.budget.size_conversations()
     assert again.args.num_conversations == 32, "what was chosen is kept"
+
+
+@pytest.mark.usefixtures("speeds")
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"budget": "4m"},
+        {"off_context_share": 0.5},
+        {"per_device_train_batch_size": 2},
+        {"gradient_accumulation_steps": 2},
+        {"num_train_epochs": 1.0},
+        {"teacher_targets": "live"},
+        {"max_steps": 1},
+        {"loss_type": "reverse_kl"},
+        {"num_tokens": 7},
+    ],
+)
+def test_what_was_chosen_for_another_run_is_chosen_anew(tmp_path: Path, other: dict[str, Any]) -> None:
+    options = {"budget": "2m", "num_conversations": None, "max_steps": -1, "conversations_per_chunk": 8}
+    first = make_trainer(tmp_path, **options)
+    first.write_conversations()
+    first.budget.size_steps(resumed=False)
+    assert make_trainer(tmp_path, **options).budget._kept() is not None
+    model = (
+        get_peft_model(tiny_model(), CartridgeConfig(num_tokens=other["num_tokens"])) if "num_tokens" in other else None
+    )
+    settings = {name: value for name, value in other.items() if name != "num_tokens"}
+    assert make_trainer(tmp_path, model, **{**options, **settings}).budget._kept() is None
+
+
+@pytest.mark.usefixtures("speeds")
+def test_steps_that_were_chosen_are_those_of_as_many_conversations(tmp_path: Path, mixed: Dataset) -> None:
+    options = {"budget": "20m", "max_steps": -1, "off_context_share": 0.0}
+    make_trainer(tmp_path, dataset=mixed, **options).train()
+    assert make_trainer(tmp_path, dataset=mixed, **options).budget._kept() is not None
+    assert make_trainer(tmp_path, dataset=mixed.select(range(8)), **options).budget._kept() is None
+    make_trainer(tmp_path / "corpus", num_conversations=16, **options).train()
+    assert make_trainer(tmp_path / "corpus", num_conversations=8, **options).budget._kept() is None
+
+
+def test_a_step_is_measured_in_the_precision_of_training(tmp_path: Path, mixed: Dataset) -> None:
+    trainer = make_trainer(tmp_path, dataset=mixed, budget="10m", max_steps=-1, bf16=True)
+    trainer.initialize_cartridge()
+    dtypes = []
+    layer = trainer.model.get_base_model().get_submodule("model.layers.0.mlp.down_proj")
+    layer.register_forward_hook(lambda module, inputs, output: dtypes.append(output.dtype))
+    trainer.budget._measure_step(mixed)
+    assert set(dtypes) == {torch.bfloat16}
 
 
 @pytest.mark.usefixtures("speeds")

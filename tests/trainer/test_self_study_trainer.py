@@ -9,7 +9,7 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 
-from peft_cartridges import CartridgeConfig, SelfStudyTrainer
+from peft_cartridges import CartridgeConfig, SelfStudyConfig, SelfStudyTrainer
 from tests.tiny_models import tiny_model
 from tests.trainer.small_runs import CORPUS, TEXT, TOKENIZER, losses, make_config, make_conversations, make_trainer
 
@@ -128,3 +128,26 @@ def test_bad_input_names_the_argument_and_the_remedy(tmp_path: Path, conversatio
     long = CartridgeConfig(num_tokens=511)
     with pytest.raises(ValueError, match="fewer than `num_tokens=511`"):
         SelfStudyTrainer(tiny_model(), args, CORPUS, processing_class=TOKENIZER, peft_config=long).train()
+
+
+def test_no_steps_only_initialize(tmp_path: Path, conversations: Dataset) -> None:
+    assert make_config(tmp_path).max_steps == 4 and SelfStudyConfig(output_dir=str(tmp_path)).max_steps == -1
+    for dataset in (conversations, None):
+        trainer = make_trainer(tmp_path, dataset=dataset, max_steps=0, num_eval_conversations=4)
+        output = trainer.train()
+        assert output.global_step == trainer.state.global_step == 0 and not losses(trainer)
+        expected = make_trainer(tmp_path / "expected", dataset=dataset, max_steps=0)
+        expected.initialize_cartridge()
+        for made, wanted in zip(trainer.model.get_kv_prefix().keys, expected.model.get_kv_prefix().keys, strict=True):
+            assert torch.equal(made, wanted)
+        assert not list(tmp_path.glob("checkpoint-*"))
+    # Of a corpus only what is held out is written, so that the untrained cartridge can be measured.
+    assert not trainer.study.is_written and len(trainer.eval_dataset) == 4
+    assert "eval_conversation_gap_closed" in trainer.evaluate()
+    with pytest.raises(ValueError, match="`max_steps=0` only initializes a cartridge"):
+        trainer.train(resume_from_checkpoint=True)
+
+
+def test_a_budget_needs_steps(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="`budget` does not go with `max_steps=0`"):
+        make_config(tmp_path, budget="5m", max_steps=0)

@@ -309,7 +309,7 @@ def test_of_a_long_echo_only_what_is_wanted_is_read() -> None:
 def test_warnings_are_none_where_all_is_well() -> None:
     with CompletionsServer().running() as url, warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
-        _run(_engine(url))
+        assert len(_run(_engine(url))) == len(PROMPTS)
 
 
 @pytest.mark.parametrize("where", ["{url}", "127.0.0.1:1/v1", "http://no-such-host.invalid/v1"])
