@@ -169,9 +169,8 @@ class Run:
         )
         learned = [sum(mask) for mask in rows["completion_mask"]]
         lengths = [len(ids) for ids in rows["input_ids"]]
-        chunks = {
-            c: len(self.codec.encode_context(text)) for c, text in zip(rows["chunk_id"], rows["context"], strict=True)
-        }
+        about = zip(rows["chunk_id"], rows["context"], strict=True)  # general conversations are about none
+        chunks = {chunk: len(self.codec.encode_context(text)) for chunk, text in about if text}
         making = Making(
             conversations=len(rows), question_tokens=statistics.mean(lengths) - statistics.mean(learned),
             answer_tokens=statistics.mean(learned), generated_share=1 - BASE["recitation_share"],
