@@ -4,12 +4,10 @@
 
 Every request is a question of its own about one of the texts, drawn at random. The systems: `no_context` (the bare
 question), `text` (the full text in front, without prefix caching), `text_cached` (with prefix caching), and cartridges
-of a part of the text's length. All have the same memory for keys and values (`--cache-gib`), and the engine's prefix cache
-is filled before anything is measured, with as many texts or cartridges as it has room for. Texts and cartridges are random:
-what they say changes no speed.
+of a part of the text's length. All have the same memory for keys and values (`--cache-gib`); the text's cache is filled
+before anything is measured. Texts and cartridges are random: what they say changes no speed.
 
-Time to first token is measured with one request at a time (`cold`: of the first request to a text or cartridge), requests
-per second with `--concurrency` at once.
+Time to first token is measured with one request at a time, requests per second with `--concurrency` at once.
 """
 
 from __future__ import annotations
@@ -95,7 +93,7 @@ def _measure(
         results = {}
         for corpora in settings["corpora"]:
             llm.reset_prefix_cache()
-            results[str(corpora)] = work.measure(corpora, fill=prefix_caching)
+            results[str(corpora)] = work.measure(corpora, fill=prefix_caching and text_tokens > 0)
     return results
 
 
@@ -139,17 +137,16 @@ class _Work:
 
     def measure(self, corpora: int, *, fill: bool) -> dict[str, Any]:
         self.run(corpora, concurrency=1, requests=2)  # what is compiled or allocated on first use
-        context, cold = self.text_tokens + self.cartridge_tokens, []
-        if fill and context:
-            for index in range(min(corpora, self.capacity // context)):
-                cold += self.run(corpora, concurrency=1, requests=1, corpus=index)["first"]
+        if fill:  # as many texts as the cache has room for
+            for index in range(min(corpora, self.capacity // self.text_tokens)):
+                self.run(corpora, concurrency=1, requests=1, corpus=index)
         alone = self.run(corpora, concurrency=1, seconds=self.settings["seconds"] / 2)
         many = self.run(corpora, concurrency=self.settings["concurrency"], seconds=self.settings["seconds"])
+        context = self.text_tokens + self.cartridge_tokens
         return {
             "requests_per_second": many["requests"] / many["seconds"],
             "tokens_per_second": many["requests"] * self.settings["answer_tokens"] / many["seconds"],
             "time_to_first_token": statistics.median(alone["first"]),
-            **({"time_to_first_token_cold": statistics.median(cold)} if cold else {}),
             "requests": alone["requests"] + many["requests"],
             "kv_mb_per_corpus": context * self.bytes_per_token / 2**20,
             "corpora_that_fit": self.capacity // context if context else None,
@@ -234,13 +231,7 @@ def main() -> None:
     for corpora in map(str, args.corpora):
         for system in args.systems:
             rounds = [one.get(corpora, one) for one in measured[system]]
-            numbers = [
-                "requests_per_second",
-                "tokens_per_second",
-                "time_to_first_token",
-                "time_to_first_token_cold",
-                "kv_mb_per_corpus",
-            ]
+            numbers = ["requests_per_second", "tokens_per_second", "time_to_first_token", "kv_mb_per_corpus"]
             rows.append(
                 [
                     corpora,
@@ -249,9 +240,7 @@ def main() -> None:
                     spread(rounds, "requests_per_second"),
                 ]
             )
-    print_table(
-        ["texts", "system", "requests/s", "tokens/s", "first token, s", "cold, s", "KV, MB a text", "spread"], rows
-    )
+    print_table(["texts", "system", "requests/s", "tokens/s", "first token, s", "KV, MB a text", "spread"], rows)
     save(args, "serving", measured)
 
 
