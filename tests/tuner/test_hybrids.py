@@ -28,7 +28,7 @@ from tests.tiny_models import tiny_model, tiny_tokenizer
 
 NAMES = [
     "bamba", "falcon_h1", "falcon_mamba", "granitemoehybrid", "jamba", "lfm2", "mamba", "mamba2", "nemotron_h",
-    "olmo_hybrid", "qwen3_5_text", "qwen3_next", "rwkv", "xlstm",
+    "olmo_hybrid", "qwen3_5_text", "qwen3_next", "rwkv", "xlstm", "zamba", "zamba2", "zaya",
 ]  # fmt: skip
 # Gated delta rule, Mamba-2 beside attention in one layer, Mamba-2 alone.
 KINDS = ["qwen3_5_text", "falcon_h1", "mamba2"]
