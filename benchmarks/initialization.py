@@ -1,7 +1,7 @@
 """How much of the in-context gap a cartridge closes without training, by the strategy that it was initialized with.
 
     python -m benchmarks.initialization FILE.jsonl:ID FILE.jsonl:ID … --strategies most_attended attention_matching
-    python -m benchmarks.initialization FILE.jsonl:ID --strategies 'attention_matching key_bias=true' --shrink 20
+    python -m benchmarks.initialization FILE.jsonl:ID --strategies 'attention_matching steps=120' --shrink 20
     python -m benchmarks.initialization FILE.jsonl:ID --strategies most_attended --quantize int8 int4 fp8
 
 A file has one JSON object a line: `id`, `text`, `questions` (`question` and `answer` each); `*` instead of an identifier

@@ -1,16 +1,23 @@
 """Few keys and values that make each head's attention give what it gave with the whole text.
 
-After attention matching (arXiv 2602.16284): reference texts are read behind the corpus, layer by layer with the compacted
-layers below in place; of each head the keys that are attended to most are kept, and their values are fitted in closed
-form. Ours is what counts as most: squared attention weights, summed by how surprising the token is that they help to
-predict, without the corpus. Where the words would have come anyway, nothing has to be remembered; and the square favours
-the keys that one query cannot do without over those that all look at a little.
+After attention matching (arXiv 2602.16284): reference texts are read behind the corpus, and of each head the keys that are
+attended to most are kept; then they are read again, layer by layer with the compacted layers below in place, and values are
+fitted in closed form. Ours is
+
+- what counts as most: squared attention weights, summed by how surprising the token is that they help to predict, without
+  the corpus. Where the words would have come anyway, nothing has to be remembered; and the square favours the keys that one
+  query cannot do without over those that all look at a little;
+- what is fitted to: what the head gives in the model that has the whole text in all layers, so that a layer makes up for
+  what those below it have lost;
+- that keys and values are then improved together by some steps of gradient descent, each head by itself. There is no bias
+  of a key: what it would be for, the share of attention that the text gets, its key learns.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -24,12 +31,15 @@ from .corpus_tokens import encode_corpus, recitations, window_parts
 from .moved_keys import PROBE_TOKENS, move_prefix
 from .reference_attention import LayerReading, read_behind
 
-# Of the accelerated projected gradient, which has converged by then.
-_STEPS = 100
+# Tokens of a recited piece. Where a piece begins, the model has to find its place in the text by itself: short pieces ask for
+# more of that, as questions do.
+_PIECE = 64
+# Queries of a step of gradient descent, and how far it goes at most, in units of the mean size of a head's keys and values.
+_BATCH, _RATE = 1024, 0.02
 # Tokens of the reference texts that are read at a time, with logits for each.
 _READ_ALONE = 512
-# Between these a key may count for less or more than itself.
-_LEAST, _MOST = 0.05, 20.0
+# Weights held at a time.
+_WEIGHTS = 1 << 19
 
 
 def attention_matching(
@@ -41,7 +51,7 @@ def attention_matching(
     chat_template: bool,
     share_of_queries: float = 0.4,
     value_ridge: float = 1.0,
-    key_bias: bool = False,
+    steps: int = 60,
     references: Sequence[Sequence[int]] | None = None,
 ) -> KVPrefix:
     """Keys of the text that are attended to most where it matters, with values that make up for the others. A text that is
@@ -49,11 +59,10 @@ def attention_matching(
 
     Args:
         share_of_queries: How many of their tokens are asked what they attend to: those that are the most surprising
-            without the text. Time grows with it.
-        value_ridge: How much the values are held to those of their tokens, in units of the mean squared attention
-            weight of a key.
-        key_bias: Whether each key is also to count for what was left out around it: a non-negative factor of its
-            weight, folded into the key along the direction that all queries have in common.
+            without the text.
+        value_ridge: How much the values are held to those of their tokens before the steps, in units of the mean squared
+            attention weight of a key.
+        steps: Of gradient descent on keys and values of each layer. Time grows with them.
         references: Token ids of conversations about the text, the turns alone, to ask besides.
 
     Raises:
@@ -64,6 +73,8 @@ def attention_matching(
         raise ValueError(f"`share_of_queries` must be above 0 and at most 1, got {share_of_queries}.")
     if value_ridge <= 0:
         raise ValueError(f"`value_ridge` must be above 0, got {value_ridge}.")
+    if steps < 0:
+        raise ValueError(f"`steps` must be at least 0, got {steps}.")
     codec = ChatCodec.of(model, processing_class)
     input_ids = encode_corpus(codec, text, num_tokens=num_tokens, chat_template=chat_template)
     sink, rest = input_ids[:1], input_ids[1:]
@@ -73,11 +84,13 @@ def attention_matching(
     for part, (start, end) in zip(parts, itertools.pairwise(borders), strict=True):
         prefix = KVPrefix.from_input_ids(model, [*sink, *part])
         rows: list[Sequence[int]] = [
-            *recitations(model, codec, part, chat_template=chat_template),
+            *recitations(model, codec, part, chat_template=chat_template, piece=_PIECE),
             *(references or ()),
         ]
-        weight = surprise(model, rows)
-        compactor = _Compactor(prefix, end - start + 1, weight, share_of_queries, value_ridge, key_bias)
+        asked = _Asked(surprise(model, rows), share_of_queries)
+        whole = _Whole(prefix, end - start + 1, asked)
+        read_behind(model, prefix, rows, whole)
+        compactor = _Compactor(whole, value_ridge, steps)
         read_behind(model, prefix, rows, compactor)
         moved = move_prefix(model, compactor.prefix(), end - len(part) - 1, part[:PROBE_TOKENS])
         compacted.append(moved[1:] if compacted else moved)
@@ -101,109 +114,203 @@ def surprise(model: Any, rows: Sequence[Sequence[int]]) -> Tensor:
     return torch.cat(found)
 
 
-class _Compactor:
-    """Compacts each layer when it is read, and lets those above see what comes of it.
+class _Asked:
+    """The tokens of the reference texts that are asked what they attend to.
+
+    Args:
+        surprise: Of every token, `[num_queries]`.
+        share: How many of them; the most surprising.
+    """
+
+    def __init__(self, surprise: Tensor, share: float) -> None:
+        self.num_queries = len(surprise)
+        self.index = surprise.topk(max(1, int(len(surprise) * share))).indices.sort().values
+        self.surprise = surprise[self.index]
+
+    def queries(self, layer: LayerReading) -> _Queries:
+        """What they ask of a layer."""
+        group = layer.own_lse.shape[1] // self.num_queries
+        device = layer.key.device
+        index, importance = self.index.to(device), self.surprise.to(device)
+        index = torch.cat([index + member * self.num_queries for member in range(group)])
+        importance = importance.repeat(group)
+        return _Queries(layer, index, importance / importance.mean().clamp_min(1e-6))
+
+
+class _Queries:
+    """Some queries of a layer: `query` `[heads, asked, key_dim]`, scaled, `own_lse` `[heads, asked]` and `own_output`
+    `[heads, asked, value_dim]` as a layer reading's, all float32; `importance` `[asked]`, 1 in the mean."""
+
+    def __init__(self, layer: LayerReading, index: Tensor, importance: Tensor) -> None:
+        self.query = layer.query[:, index].float() * layer.scoring.scale
+        self.own_lse, self.own_output = layer.own_lse[:, index], layer.own_output[:, index]
+        self.importance, self.softcap = importance, layer.scoring.softcap
+        self.mask = None if layer.mask is None else layer.mask[index]
+
+    def weights(self, key: Tensor, kept: Tensor | None = None, some: slice | Tensor = slice(None)) -> Tensor:
+        """Attention weights `[heads, some, tokens + 1]`: of keys `[heads, tokens, key_dim]`, which are those that `kept`
+        `[heads, tokens]` says of the tokens in sight, and, as the last, of all that is the queries' own."""
+        scores = self.query[:, some] @ key.transpose(1, 2)
+        if self.softcap is not None:
+            scores = self.softcap * torch.tanh(scores / self.softcap)
+        if self.mask is not None:
+            mask = self.mask[some]
+            scores = scores + (mask if kept is None else mask[:, kept].transpose(0, 1))
+        return torch.cat([scores, self.own_lse[:, some, None]], -1).softmax(-1)
+
+    def output(
+        self, key: Tensor, value: Tensor, kept: Tensor | None = None, some: slice | Tensor = slice(None)
+    ) -> Tensor:
+        """What the heads give, `[heads, some, value_dim]`."""
+        weights = self.weights(key, kept, some)
+        return weights[..., :-1] @ value + weights[..., -1:] * self.own_output[:, some]
+
+    def pieces(self, num_tokens: int) -> Iterator[slice]:
+        """All queries, so few at a time that their weights stay small."""
+        heads, asked = self.own_lse.shape
+        step = max(1, _WEIGHTS // (heads * num_tokens))
+        for start in range(0, asked, step):
+            yield slice(start, start + step)
+
+
+class _Whole:
+    """What each layer gives with the whole text in all layers, and which tokens its heads keep.
 
     Args:
         prefix: Keys and values of the text, the attention sink first.
         num_tokens: How many tokens of it to keep, the sink among them.
-        surprise: Of each query, `[num_queries]`.
-        share, ridge, bias: As the strategy's options.
+        asked: Of the reference texts.
     """
 
-    def __init__(
-        self, prefix: KVPrefix, num_tokens: int, surprise: Tensor, share: float, ridge: float, bias: bool
-    ) -> None:
-        self.whole, self.num_tokens, self.ridge, self.bias = prefix, num_tokens, ridge, bias
-        self.asked = surprise.topk(max(1, int(len(surprise) * share))).indices.sort().values
-        self.num_queries, self.surprise = len(surprise), surprise[self.asked]
-        self.keys: dict[int, Tensor] = {}
-        self.values: dict[int, Tensor] = {}
+    def __init__(self, prefix: KVPrefix, num_tokens: int, asked: _Asked) -> None:
+        self.prefix, self.num_tokens, self.asked = prefix, num_tokens, asked
+        self.kept: dict[int, Tensor] = {}  # `[heads, num_tokens]`
+        self.output: dict[int, Tensor] = {}  # `[heads, asked, value_dim]`
 
-    def prefix(self) -> KVPrefix:
-        layers = range(self.whole.num_layers)
-        return KVPrefix(tuple(self.keys[i] for i in layers), tuple(self.values[i] for i in layers))
-
-    def __call__(self, layer: LayerReading) -> tuple[Tensor, Tensor] | None:
+    def __call__(self, layer: LayerReading) -> None:
         if layer.is_latent:
             raise UnsupportedModelError(
                 "`attention_matching` fits the values of each head, and here all heads share compressed ones: use "
                 '`strategy="most_attended"`.'
             )
+        if layer.index in self.kept:  # a later layer that shares the keys of this one
+            return
+        queries = self.asked.queries(layer)
+        key, value = layer.key.float(), layer.value.float()
+        received = key.new_zeros(len(key), self.prefix.num_tokens)
+        in_sight = received[:, received.shape[1] - key.shape[1] :]
+        outputs = []
+        for some in queries.pieces(key.shape[1]):
+            weights = queries.weights(key, some=some)
+            text = weights[..., :-1]
+            outputs.append(text @ value + weights[..., -1:] * queries.own_output[:, some])
+            in_sight += torch.einsum("q,hqt->ht", queries.importance[some], text.square_())
+        received[:, 0] = torch.inf  # attention falls on the first token wherever it is
+        self.kept[layer.index] = received.topk(self.num_tokens).indices.sort().values
+        self.output[layer.index] = torch.cat(outputs, 1).to(layer.value.dtype)
+
+
+class _Compactor:
+    """Compacts each layer when it is read, and lets those above see what comes of it.
+
+    Args:
+        whole: Which tokens to keep, and what the heads are to give.
+        ridge, steps: As the strategy's options.
+    """
+
+    def __init__(self, whole: _Whole, ridge: float, steps: int) -> None:
+        self.whole, self.ridge, self.steps = whole, ridge, steps
+        self.keys: dict[int, Tensor] = {}
+        self.values: dict[int, Tensor] = {}
+
+    def prefix(self) -> KVPrefix:
+        layers = range(self.whole.prefix.num_layers)
+        return KVPrefix(tuple(self.keys[i] for i in layers), tuple(self.values[i] for i in layers))
+
+    def __call__(self, layer: LayerReading) -> tuple[Tensor, Tensor] | None:
         if layer.index in self.keys:  # a later layer that shares the keys of this one
             return None
-        windowed = layer.key.shape[1] < self.whole.num_tokens
-        heads = [self._compact(layer, head, windowed) for head in range(layer.key.shape[0])]
-        dtype = self.whole.dtype
-        self.keys[layer.index] = torch.stack([key for key, _ in heads]).to(dtype)
-        self.values[layer.index] = torch.stack([value for _, value in heads]).to(dtype)
+        prefix, kept = self.whole.prefix, self.whole.kept[layer.index]
+        key, value = (
+            tensors[layer.index].gather(1, kept[..., None].expand(-1, -1, tensors[layer.index].shape[-1]))
+            for tensors in (prefix.keys, prefix.values)
+        )
+        # With all tokens there is nothing to make up for, nor where most of the text is out of sight.
+        if self.whole.num_tokens < prefix.num_tokens and layer.key.shape[1] >= self.whole.num_tokens:
+            queries, wanted = self.whole.asked.queries(layer), self.whole.output[layer.index].float()
+            unseen = prefix.num_tokens - layer.key.shape[1]
+            fitted = _fit(queries, key.float(), value.float(), wanted, kept - unseen, self.ridge, self.steps)
+            key, value = (tensor.to(prefix.dtype) for tensor in fitted)
+        self.keys[layer.index], self.values[layer.index] = key, value
         # Beyond a window, the distances of what is kept are no longer those of the text.
-        return None if layer.mask is not None else (self.keys[layer.index], self.values[layer.index])
+        return None if layer.mask is not None else (key, value)
 
-    def _compact(self, layer: LayerReading, head: int, windowed: bool) -> tuple[Tensor, Tensor]:
-        """Keys and values of one head, `[num_tokens, key_dim | value_dim]`."""
-        group = layer.own_lse.shape[1] // self.num_queries
-        index, surprise = (tensor.to(layer.key.device) for tensor in (self.asked, self.surprise))
-        asked = torch.cat([index + member * self.num_queries for member in range(group)])
-        surprise = surprise.repeat(group)
-        scores, own_lse = layer.scores(head, asked), layer.own_lse[head, asked]
-        total = torch.logaddexp(scores.logsumexp(-1), own_lse)
-        weights = (scores - total[:, None]).exp_()  # of the text's tokens, `[asked, in_sight]`
-        received = (weights.square() * surprise[:, None]).sum(0)
-        hidden = received.new_zeros(self.whole.num_tokens - len(received))
-        received = torch.cat([hidden, received])
-        received[0] = torch.inf  # attention falls on the first token wherever it is
-        kept = received.topk(self.num_tokens).indices.sort().values
-        key, value = (tensors[layer.index][head].float() for tensors in (self.whole.keys, self.whole.values))
-        if windowed:  # where most of the text is out of sight, there is nothing to make up for
-            return key[kept], value[kept]
-        own = (own_lse - total).exp()[:, None]
-        own_part = own * layer.own_output[head, asked]
-        wanted = weights @ value + own_part
-        importance = (surprise / surprise.mean().clamp_min(1e-6))[:, None]
-        key, value, some = key[kept], value[kept], weights[:, kept]
-        if self.bias and layer.scoring.softcap is None:
-            query = layer.query[head, asked].float() * layer.scoring.scale
-            factor = _non_negative_factors(some, 1 - own[:, 0], importance, self.ridge)
-            key = key + factor.log()[:, None] * _common_direction(query)
-            some = (query @ key.T - total[:, None]).exp()
-        mass = some.sum(1, keepdim=True) + own
-        some = some / mass
-        missing = wanted - own_part / mass - some @ value
-        value[1:] += _ridge(some[:, 1:], missing, importance, self.ridge)
+
+def _fit(
+    queries: _Queries, key: Tensor, value: Tensor, wanted: Tensor, kept: Tensor, ridge: float, steps: int
+) -> tuple[Tensor, Tensor]:
+    """Keys and values with which the heads give nearly what is wanted, `[heads, asked, value_dim]`; those of the first token
+    stay. A head whose error does not fall keeps what it had."""
+    gram = wanted.new_zeros(len(key), key.shape[1] - 1, key.shape[1] - 1)
+    aim = wanted.new_zeros(len(key), key.shape[1] - 1, value.shape[2])
+    for some in queries.pieces(key.shape[1]):
+        weights = queries.weights(key, kept, some)
+        missing = wanted[:, some] - weights[..., :-1] @ value - weights[..., -1:] * queries.own_output[:, some]
+        weights = weights[..., 1:-1]
+        weighted = (weights * queries.importance[some, None]).transpose(1, 2)
+        gram += weighted @ weights
+        aim += weighted @ missing
+    value = torch.cat([value[:, :1], value[:, 1:] + _ridge(gram, aim, ridge)], 1)
+    if not steps:
         return key, value
+    found = _descend(queries, key, value, wanted, kept, steps)
+    before, after = (_errors(queries, *pair, wanted, kept) for pair in ((key, value), found))
+    better = (after < before)[:, None, None]
+    return torch.where(better, found[0], key), torch.where(better, found[1], value)
 
 
-def _ridge(inputs: Tensor, targets: Tensor, importance: Tensor, ridge: float) -> Tensor:
-    """The `x` that minimizes `importance · (inputs @ x - targets)² + ridge · x²`, the latter in units of the mean
-    squared norm of a column of `inputs`."""
-    weighted = inputs * importance
-    gram = inputs.T @ weighted
-    gram.diagonal().add_(ridge * gram.diagonal().mean().clamp_min(1e-12))
-    return torch.cholesky_solve(weighted.T @ targets, torch.linalg.cholesky(gram))
+def _ridge(gram: Tensor, aim: Tensor, ridge: float) -> Tensor:
+    """The `x` that minimizes `x · gram @ x / 2 - x · aim + ridge · x² / 2`, the last in units of the mean of `gram`'s
+    diagonal; batches of matrices."""
+    diagonal = gram.diagonal(dim1=-2, dim2=-1)
+    held = gram.clone()
+    held.diagonal(dim1=-2, dim2=-1).add_(ridge * diagonal.mean(-1, keepdim=True).clamp_min(1e-12))
+    return torch.cholesky_solve(aim, torch.linalg.cholesky(held))
 
 
-def _non_negative_factors(weights: Tensor, mass: Tensor, importance: Tensor, ridge: float) -> Tensor:
-    """Factors of the kept keys' weights (`[asked, kept]`) by which they sum up to all the text's (`[asked]`): least squares
-    with bounds, held to 1."""
-    weighted = weights * importance
-    gram = weights.T @ weighted
-    hold = ridge * gram.diagonal().mean().clamp_min(1e-12)
-    gram.diagonal().add_(hold)
-    wanted = weighted.T @ mass + hold
-    step = 1 / torch.linalg.matrix_norm(gram, ord=float("inf"))  # at least the largest eigenvalue
-    factor = ahead = torch.ones_like(wanted)
-    speed = 1.0
-    for _ in range(_STEPS):
-        new = (ahead - step * (gram @ ahead - wanted)).clamp(_LEAST, _MOST)
-        new_speed = (1 + (1 + 4 * speed**2) ** 0.5) / 2
-        ahead, factor, speed = new + (speed - 1) / new_speed * (new - factor), new, new_speed
-    return factor
+def _errors(queries: _Queries, key: Tensor, value: Tensor, wanted: Tensor, kept: Tensor) -> Tensor:
+    """Squared errors of each head, the queries by their importance: `[heads]`."""
+    error = wanted.new_zeros(len(key))
+    for some in queries.pieces(key.shape[1]):
+        missing = queries.output(key, value, kept, some) - wanted[:, some]
+        error += (missing.square().sum(-1) * queries.importance[some]).sum(-1)
+    return error
 
 
-def _common_direction(query: Tensor) -> Tensor:
-    """The vector whose product with every query (`[asked, key_dim]`, scaled) is as close to 1 as can be: added to a key, it
-    adds a bias to the key's scores."""
-    gram = query.T @ query
-    gram.diagonal().add_(1e-2 * gram.diagonal().mean().clamp_min(1e-12))
-    return torch.linalg.solve(gram, query.sum(0))
+@torch.enable_grad()
+def _descend(
+    queries: _Queries, key: Tensor, value: Tensor, wanted: Tensor, kept: Tensor, steps: int
+) -> tuple[Tensor, Tensor]:
+    """Keys and values after some steps of Adam on the errors of random queries, of all heads at once."""
+    sizes = [tensor[:, 1:].square().mean((1, 2), keepdim=True).sqrt() for tensor in (key, value)]
+    moves = [torch.zeros_like(tensor[:, 1:]).requires_grad_() for tensor in (key, value)]
+    optimizer = torch.optim.Adam(moves, lr=_RATE, betas=(0.9, 0.95))
+    generator = torch.Generator().manual_seed(0)
+
+    def moved() -> tuple[Tensor, Tensor]:
+        new = [
+            torch.cat([tensor[:, :1], tensor[:, 1:] + size * move], 1)
+            for tensor, size, move in zip((key, value), sizes, moves, strict=True)
+        ]
+        return new[0], new[1]
+
+    for step in range(steps):
+        optimizer.param_groups[0]["lr"] = _RATE * (1 + math.cos(math.pi * step / steps)) / 2
+        some = torch.randint(wanted.shape[1], (_BATCH,), generator=generator).to(wanted.device)
+        missing = queries.output(*moved(), kept, some) - wanted[:, some]
+        loss = (missing.square().mean(-1) * queries.importance[some]).mean(-1).sum()
+        for move, gradient in zip(moves, torch.autograd.grad(loss, moves), strict=True):
+            move.grad = gradient
+        optimizer.step()
+    with torch.no_grad():
+        return moved()

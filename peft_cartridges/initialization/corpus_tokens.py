@@ -45,10 +45,12 @@ def parts_of_at_most(longest: int, ids: Sequence[int]) -> list[Sequence[int]]:
     return [ids[start:end] for start, end in itertools.pairwise(cuts)]
 
 
-def recitations(model: nn.Module, processing_class: Any, ids: Sequence[int], *, chat_template: bool) -> list[list[int]]:
-    """Rows of token ids that recite a part of the corpus piece by piece, each as the answer to a request for it where
-    there is a chat template."""
-    codec, step = ChatCodec.of(model, processing_class), _recited(read_window(model))
+def recitations(
+    model: nn.Module, processing_class: Any, ids: Sequence[int], *, chat_template: bool, piece: int = _RECITED
+) -> list[list[int]]:
+    """Rows of token ids that recite a part of the corpus in pieces of so many tokens (and a quarter of the window at most),
+    each as the answer to a request for it where there is a chat template."""
+    codec, step = ChatCodec.of(model, processing_class), min(piece, _recited(read_window(model)))
     pieces = [ids[start : start + step] for start in range(0, len(ids), step)]
     if not (chat_template and codec.has_template):
         return [list(piece) for piece in pieces]

@@ -10,8 +10,10 @@ from peft import get_peft_model
 
 from peft_cartridges import CartridgeConfig, KVPrefix, UnsupportedModelError, initialize_cartridge, shared_prefix
 from peft_cartridges.chat import ChatCodec
-from peft_cartridges.initialization.attention_matching import _common_direction, _non_negative_factors, _ridge, surprise
+from peft_cartridges.hidden_states import pad_right
+from peft_cartridges.initialization.attention_matching import _ridge, surprise
 from peft_cartridges.initialization.corpus_tokens import recitations
+from peft_cartridges.initialization.reference_attention import LayerReading, read_behind
 from tests.tiny_models import ARCHITECTURES, tiny_model, tiny_tokenizer
 
 TEXT = " ".join(f"the captain says w{number} ." for number in range(50, 80))
@@ -32,22 +34,47 @@ def test_all_tokens_are_the_whole_text(architecture: str) -> None:
 
 
 @torch.no_grad()
-def test_the_first_layer_gives_what_it_gave_with_the_text_better_with_fitted_values() -> None:
+def test_layers_give_what_they_gave_with_the_text_better_with_fitted_values_and_better_yet_with_steps() -> None:
     model, tokenizer = tiny_model(), tiny_tokenizer()
     ids = ChatCodec(None, tokenizer).encode_context(TEXT)
-    row = torch.tensor(recitations(model, tokenizer, ids[1:], chat_template=True)[:1])
+    rows = recitations(model, tokenizer, ids[1:], chat_template=True, piece=64)
     whole = KVPrefix.from_input_ids(model, ids)
-    outputs: list[torch.Tensor] = []
-    model.model.layers[0].self_attn.o_proj.register_forward_hook(lambda _, args, output: outputs.append(args[0]))
+    last, outputs = len(model.model.layers) - 1, dict[int, list[torch.Tensor]]()
+    for number in (0, last):
+        projection = model.model.layers[number].self_attn.o_proj
+        projection.register_forward_hook(lambda _, args, output, n=number: outputs.setdefault(n, []).append(args[0]))
     with shared_prefix(model, whole):
-        model(row)
-    errors = {}
-    for ridge in (0.01, 1.0, 1e6):
+        model(pad_right(rows))
+    errors: dict[tuple[int, float, int], torch.Tensor] = {}
+    for ridge, steps in ((1e6, 0), (1.0, 0), (0.01, 0), (1.0, 40)):
         # Every query counts, so what is fitted is what is compared.
-        with shared_prefix(model, _matched(value_ridge=ridge, share_of_queries=1.0)):
-            model(row)
-        errors[ridge] = (outputs[-1] - outputs[0]).norm()
-    assert errors[0.01] < errors[1.0] < errors[1e6] and errors[0.01] < 0.8 * errors[1e6]
+        with shared_prefix(model, _matched(value_ridge=ridge, share_of_queries=1.0, steps=steps)):
+            model(pad_right(rows))
+        for number, seen in outputs.items():
+            errors[number, ridge, steps] = (seen[-1] - seen[0])[pad_right([[1] * len(r) for r in rows]) > 0].norm()
+    assert errors[0, 0.01, 0] < errors[0, 1.0, 0] < errors[0, 1e6, 0] and errors[0, 0.01, 0] < 0.8 * errors[0, 1e6, 0]
+    for number in (0, last):
+        assert errors[number, 1.0, 40] < 0.8 * errors[number, 1.0, 0]
+
+
+@torch.no_grad()
+def test_the_text_gets_its_share_of_attention() -> None:
+    model, tokenizer = tiny_model(), tiny_tokenizer()
+    ids = ChatCodec(None, tokenizer).encode_context(TEXT)
+    rows = recitations(model, tokenizer, ids[1:], chat_template=True)
+    masses: list[torch.Tensor] = []
+
+    def observe(layer: LayerReading) -> None:
+        if layer.index == 0:
+            scores = torch.stack([layer.scores(head) for head in range(len(layer.key))])
+            masses.append((scores.logsumexp(-1) - layer.own_lse).sigmoid())
+
+    for prefix in (
+        KVPrefix.from_input_ids(model, ids),
+        *(_matched(share_of_queries=1.0, steps=steps) for steps in (0, 40)),
+    ):
+        read_behind(model, prefix, rows, observe)
+    assert (masses[2] - masses[0]).square().mean() < 0.8 * (masses[1] - masses[0]).square().mean()
 
 
 @torch.no_grad()
@@ -60,30 +87,26 @@ def test_surprise_is_what_the_model_alone_thinks_of_the_next_token() -> None:
     torch.testing.assert_close(surprise(model, rows), torch.tensor(expected), atol=1e-5, rtol=1e-5)
 
 
-def test_closed_forms_are_what_they_minimize() -> None:
+def test_the_closed_form_is_what_it_minimizes() -> None:
     torch.manual_seed(0)
-    inputs, targets, importance = torch.rand(40, 6), torch.rand(40, 3), torch.rand(40, 1)
-    solution = _ridge(inputs, targets, importance, 0.1).requires_grad_()
-    held = 0.1 * (inputs.square() * importance).sum(0).mean()
-    loss = (importance * (inputs @ solution - targets).square()).sum() + held * solution.square().sum()
+    inputs, targets, importance = torch.rand(2, 40, 6), torch.rand(2, 40, 3), torch.rand(2, 40, 1)
+    gram = inputs.mT @ (importance * inputs)
+    solution = _ridge(gram, inputs.mT @ (importance * targets), 0.1).requires_grad_()
+    held = 0.1 * (inputs.square() * importance).sum(1).mean(-1)[:, None, None]
+    loss = (importance * (inputs @ solution - targets).square()).sum() + (held * solution.square()).sum()
     assert torch.autograd.grad(loss, solution)[0].abs().max() < 1e-4
-    factor = torch.tensor([0.5, 1.0, 2.0, 4.0, 0.1, 3.0])
-    found = _non_negative_factors(inputs, inputs @ factor, importance, 1e-6)
-    torch.testing.assert_close(inputs @ found, inputs @ factor, atol=0.05, rtol=0.05)
-    query = torch.randn(40, 8) + torch.ones(8)
-    direction = _common_direction(query)
-    assert ((query @ direction) - 1).square().mean() < (
-        (query @ query.mean(0) / query.mean(0).norm() ** 2) - 1
-    ).square().mean()
 
 
-def test_folded_biases_change_the_keys_and_a_text_beyond_the_window_is_compacted_in_parts() -> None:
-    plain, biased = _matched(), _matched(key_bias=True)
-    assert not torch.allclose(plain.keys[0], biased.keys[0])
+def test_the_first_token_stays_and_a_text_beyond_the_window_is_compacted_in_parts() -> None:
     tokenizer = tiny_tokenizer()
-    model = get_peft_model(tiny_model(max_position_embeddings=160), CartridgeConfig(num_tokens=31))
-    prefix = initialize_cartridge(model, tokenizer, text=TEXT, strategy="attention_matching", value_ridge=1e9)
     ids = ChatCodec(None, tokenizer).encode_context(TEXT)
+    whole, fitted = KVPrefix.from_input_ids(tiny_model(), ids), _matched(steps=3)
+    for have, want in zip(fitted.values, whole.values, strict=True):
+        torch.testing.assert_close(have[:, 0], want[:, 0])
+    assert not torch.allclose(fitted.keys[0], _matched(steps=0).keys[0])
+    model = get_peft_model(tiny_model(max_position_embeddings=160), CartridgeConfig(num_tokens=31))
+    options: dict[str, Any] = {"strategy": "attention_matching", "value_ridge": 1e9, "steps": 0}
+    prefix = initialize_cartridge(model, tokenizer, text=TEXT, **options)
     last = KVPrefix.from_input_ids(tiny_model(), [ids[0], *ids[1 + (len(ids) - 1) * 2 // 3 :]])
     distance = (prefix.values[0][0][-10:, None] - last.values[0][0][None]).abs().amax(-1).amin(-1)
     assert prefix.num_tokens == 31 and distance.max() < 1e-4
@@ -100,3 +123,5 @@ def test_what_cannot_be_matched_is_refused() -> None:
         _matched(share_of_queries=0)
     with pytest.raises(ValueError, match="`value_ridge` must be above 0, got 0"):
         _matched(value_ridge=0)
+    with pytest.raises(ValueError, match="`steps` must be at least 0, got -1"):
+        _matched(steps=-1)
