@@ -197,7 +197,7 @@ class System:
 
     Args:
         states: `recurrent_state` of its configuration.
-        tokens: Of keys and values; `None` for as many as have the bytes of the states and `TOKENS`.
+        tokens: Of keys and values; `None` for as many as have the bytes of the states and `TOKENS`, or the document's.
     """
 
     states: str
@@ -220,7 +220,7 @@ def make_cartridge(model: Any, system: System, facts: Facts) -> PeftModel:
     whole = KVPrefix.from_input_ids(model, document(facts))
     per_token = sum(tensor[:, 0].numel() for tensor in (*whole.keys, *whole.values))
     state = sum(tensor.numel() for part in whole.states for tensor in part.values())
-    tokens = TOKENS + state // per_token if system.tokens is None else system.tokens
+    tokens = min(whole.num_tokens, TOKENS + state // per_token) if system.tokens is None else system.tokens
     peft_model = get_peft_model(model, CartridgeConfig(num_tokens=tokens, recurrent_state=system.states))
     keys, values = (tuple(tensor[:, :tokens] for tensor in part) for part in (whole.keys, whole.values))
     initialize_cartridge(peft_model, prefix=KVPrefix(keys, values, whole.states, tokens))
