@@ -147,23 +147,55 @@ class _Queries:
         self.importance, self.softcap = importance, layer.scoring.softcap
         self.mask = None if layer.mask is None else layer.mask[index]
 
-    def weights(self, key: Tensor, kept: Tensor | None = None, some: slice | Tensor = slice(None)) -> Tensor:
-        """Attention weights `[heads, some, tokens + 1]`: of keys `[heads, tokens, key_dim]`, which are those that `kept`
-        `[heads, tokens]` says of the tokens in sight, and, as the last, of all that is the queries' own."""
-        scores = self.query[:, some] @ key.transpose(1, 2)
+    def scores(self, key: Tensor, kept: Tensor | None = None, some: slice | Tensor = slice(None)) -> Tensor:
+        """`[heads, some, tokens]`: of keys `[heads, tokens, key_dim]`, which are those that `kept` `[heads, tokens]` says of
+        the tokens in sight."""
+        scores = self.query[:, some] @ key.mT
         if self.softcap is not None:
             scores = self.softcap * torch.tanh(scores / self.softcap)
         if self.mask is not None:
             mask = self.mask[some]
             scores = scores + (mask if kept is None else mask[:, kept].transpose(0, 1))
-        return torch.cat([scores, self.own_lse[:, some, None]], -1).softmax(-1)
+        return scores
+
+    def weights(
+        self, key: Tensor, kept: Tensor | None = None, some: slice | Tensor = slice(None)
+    ) -> tuple[Tensor, Tensor]:
+        """Attention weights of the keys, `[heads, some, tokens]`, and of all that is the queries' own, `[heads, some, 1]`."""
+        scores, own = self.scores(key, kept, some), self.own_lse[:, some, None]
+        highest = torch.maximum(scores.amax(-1, keepdim=True), own)
+        weights, own = scores.sub_(highest).exp_(), (own - highest).exp()
+        total = weights.sum(-1, keepdim=True) + own
+        return weights.div_(total), own / total
 
     def output(
         self, key: Tensor, value: Tensor, kept: Tensor | None = None, some: slice | Tensor = slice(None)
     ) -> Tensor:
         """What the heads give, `[heads, some, value_dim]`."""
-        weights = self.weights(key, kept, some)
-        return weights[..., :-1] @ value + weights[..., -1:] * self.own_output[:, some]
+        weights, own = self.weights(key, kept, some)
+        return weights @ value + own * self.own_output[:, some]
+
+    def gradients(
+        self, key: Tensor, value: Tensor, wanted: Tensor, kept: Tensor, some: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Of half the squared errors of some queries, by their importance, for keys and values; `wanted` is theirs."""
+        scores = self.scores(key, kept, some)
+        # A masked score is far below the cap, and its weight 0.
+        steep = None if self.softcap is None else 1 - (scores / self.softcap).clamp_min(-1).square()
+        highest = torch.maximum(scores.amax(-1, keepdim=True), self.own_lse[:, some, None])
+        weights, own = scores.sub_(highest).exp_(), (self.own_lse[:, some, None] - highest).exp()
+        # One more column of the values sums the weights up, and subtracts what is common to all of a query's.
+        wide = torch.cat([value, torch.ones_like(value[..., :1])], -1)
+        total = weights @ wide
+        share = 1 / (total[..., -1:] + own)
+        output = (total[..., :-1] + own * self.own_output[:, some]) * share
+        error = (output - wanted) * (self.importance[some, None] * share)
+        d_value = weights.mT @ error
+        d_scores = torch.cat([error, -(error * output).sum(-1, keepdim=True)], -1) @ wide.mT
+        d_scores.mul_(weights)
+        if steep is not None:
+            d_scores.mul_(steep)
+        return d_scores.mT @ self.query[:, some], d_value
 
     def pieces(self, num_tokens: int) -> Iterator[slice]:
         """All queries, so few at a time that their weights stay small."""
@@ -201,10 +233,9 @@ class _Whole:
         in_sight = received[:, received.shape[1] - key.shape[1] :]
         outputs = []
         for some in queries.pieces(key.shape[1]):
-            weights = queries.weights(key, some=some)
-            text = weights[..., :-1]
-            outputs.append(text @ value + weights[..., -1:] * queries.own_output[:, some])
-            in_sight += torch.einsum("q,hqt->ht", queries.importance[some], text.square_())
+            weights, own = queries.weights(key, some=some)
+            outputs.append(weights @ value + own * queries.own_output[:, some])
+            in_sight += queries.importance[some] @ weights.square_()
         received[:, 0] = torch.inf  # attention falls on the first token wherever it is
         self.kept[layer.index] = received.topk(self.num_tokens).indices.sort().values
         self.output[layer.index] = torch.cat(outputs, 1).to(layer.value.dtype)
@@ -254,9 +285,9 @@ def _fit(
     gram = wanted.new_zeros(len(key), key.shape[1] - 1, key.shape[1] - 1)
     aim = wanted.new_zeros(len(key), key.shape[1] - 1, value.shape[2])
     for some in queries.pieces(key.shape[1]):
-        weights = queries.weights(key, kept, some)
-        missing = wanted[:, some] - weights[..., :-1] @ value - weights[..., -1:] * queries.own_output[:, some]
-        weights = weights[..., 1:-1]
+        weights, own = queries.weights(key, kept, some)
+        missing = wanted[:, some] - weights @ value - own * queries.own_output[:, some]
+        weights = weights[..., 1:]
         weighted = (weights * queries.importance[some, None]).transpose(1, 2)
         gram += weighted @ weights
         aim += weighted @ missing
@@ -287,30 +318,25 @@ def _errors(queries: _Queries, key: Tensor, value: Tensor, wanted: Tensor, kept:
     return error
 
 
-@torch.enable_grad()
 def _descend(
     queries: _Queries, key: Tensor, value: Tensor, wanted: Tensor, kept: Tensor, steps: int
 ) -> tuple[Tensor, Tensor]:
-    """Keys and values after some steps of Adam on the errors of random queries, of all heads at once."""
-    sizes = [tensor[:, 1:].square().mean((1, 2), keepdim=True).sqrt() for tensor in (key, value)]
-    moves = [torch.zeros_like(tensor[:, 1:]).requires_grad_() for tensor in (key, value)]
+    """Keys and values after some steps of Adam on the errors of random queries, of all heads at once. The gradients are
+    written out: there are thousands of these steps, and they take half the time that autograd takes."""
+    start = (key, value)
+    sizes = [tensor[:, 1:].square().mean((1, 2), keepdim=True).sqrt() for tensor in start]
+    moves = [torch.zeros_like(tensor[:, 1:]) for tensor in start]
     optimizer = torch.optim.Adam(moves, lr=_RATE, betas=(0.9, 0.95))
     generator = torch.Generator().manual_seed(0)
-
-    def moved() -> tuple[Tensor, Tensor]:
-        new = [
-            torch.cat([tensor[:, :1], tensor[:, 1:] + size * move], 1)
-            for tensor, size, move in zip((key, value), sizes, moves, strict=True)
-        ]
-        return new[0], new[1]
-
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = _RATE * (1 + math.cos(math.pi * step / steps)) / 2
-        some = torch.randint(wanted.shape[1], (_BATCH,), generator=generator).to(wanted.device)
-        missing = queries.output(*moved(), kept, some) - wanted[:, some]
-        loss = (missing.square().mean(-1) * queries.importance[some]).mean(-1).sum()
-        for move, gradient in zip(moves, torch.autograd.grad(loss, moves), strict=True):
-            move.grad = gradient
+        some = torch.randint(wanted.shape[1], (min(_BATCH, wanted.shape[1]),), generator=generator).to(wanted.device)
+        gradients = queries.gradients(key, value, wanted[:, some], kept, some)
+        for move, gradient, size in zip(moves, gradients, sizes, strict=True):
+            move.grad = gradient[:, 1:] * size
         optimizer.step()
-    with torch.no_grad():
-        return moved()
+        key, value = (
+            torch.cat([tensor[:, :1], tensor[:, 1:] + size * move], 1)
+            for tensor, size, move in zip(start, sizes, moves, strict=True)
+        )
+    return key, value

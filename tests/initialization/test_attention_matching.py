@@ -9,9 +9,10 @@ import torch
 from peft import get_peft_model
 
 from peft_cartridges import CartridgeConfig, KVPrefix, UnsupportedModelError, initialize_cartridge, shared_prefix
+from peft_cartridges.attention.plain_attention import Scoring
 from peft_cartridges.chat import ChatCodec
 from peft_cartridges.hidden_states import pad_right
-from peft_cartridges.initialization.attention_matching import _ridge, surprise
+from peft_cartridges.initialization.attention_matching import _Queries, _ridge, surprise
 from peft_cartridges.initialization.corpus_tokens import recitations
 from peft_cartridges.initialization.reference_attention import LayerReading, read_behind
 from tests.tiny_models import ARCHITECTURES, tiny_model, tiny_tokenizer
@@ -125,3 +126,30 @@ def test_what_cannot_be_matched_is_refused() -> None:
         _matched(value_ridge=0)
     with pytest.raises(ValueError, match="`steps` must be at least 0, got -1"):
         _matched(steps=-1)
+
+
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("masked", [False, True])
+def test_gradients_are_those_of_autograd(softcap: float | None, masked: bool) -> None:
+    torch.manual_seed(0)
+    heads, asked, in_sight, dim = 2, 12, 9, 4
+    mask = torch.zeros(asked, in_sight).masked_fill(torch.rand(asked, in_sight) < 0.3, float("-inf"))
+    queries = _Queries(
+        LayerReading(
+            0, torch.randn(heads, in_sight, dim), torch.randn(heads, in_sight, dim), torch.randn(heads, asked, dim),
+            mask if masked else None, torch.randn(heads, asked), torch.randn(heads, asked, dim), Scoring(0.7, softcap), False,
+        ),
+        torch.arange(asked), torch.rand(asked),
+    )  # fmt: skip
+    kept = torch.stack([torch.randperm(in_sight)[:5].sort().values for _ in range(heads)])
+    key, value = torch.randn(heads, 5, dim).requires_grad_(), torch.randn(heads, 5, dim).requires_grad_()
+    some, wanted = torch.tensor([7, 2, 2, 11]), torch.randn(heads, 4, dim)
+    scores = queries.scores(key, kept, some)
+    own = queries.own_lse[:, some, None]
+    weights = torch.cat([scores, own], -1).softmax(-1)
+    output = weights[..., :-1] @ value + weights[..., -1:] * queries.own_output[:, some]
+    torch.testing.assert_close(queries.output(key.detach(), value.detach(), kept, some), output.detach())
+    loss = ((output - wanted).square().sum(-1) * queries.importance[some]).sum() / 2
+    expected = torch.autograd.grad(loss, [key, value])
+    for have, want in zip(queries.gradients(key.detach(), value.detach(), wanted, kept, some), expected, strict=True):
+        torch.testing.assert_close(have, want)
