@@ -10,7 +10,7 @@ fitted in closed form. Ours is
 - what is fitted to: what the head gives in the model that has the whole text in all layers, so that a layer makes up for
   what those below it have lost;
 - that keys and values are then improved together by some steps of gradient descent, each head by itself. There is no bias
-  of a key: what it would be for, the share of attention that the text gets, its key learns.
+  of a key, which the format has no place for: the share of attention that the text gets is left to its keys.
 """
 
 from __future__ import annotations
@@ -322,7 +322,7 @@ def _descend(
     queries: _Queries, key: Tensor, value: Tensor, wanted: Tensor, kept: Tensor, steps: int
 ) -> tuple[Tensor, Tensor]:
     """Keys and values after some steps of Adam on the errors of random queries, of all heads at once. The gradients are
-    written out: there are thousands of these steps, and they take half the time that autograd takes."""
+    written out, which takes less time than autograd: there are thousands of these steps."""
     start = (key, value)
     sizes = [tensor[:, 1:].square().mean((1, 2), keepdim=True).sqrt() for tensor in start]
     moves = [torch.zeros_like(tensor[:, 1:]) for tensor in start]
