@@ -142,7 +142,7 @@ def test_n_and_penalties(llama: Setup) -> None:
     assert output.prompt_token_ids == PROMPTS[2]
 
 
-def test_a_request_that_shuns_the_prefix_cache_keeps_its_cartridge(llama: Setup) -> None:
+def test_a_request_that_shuns_the_prefix_cache_keeps_its_cartridge(llama: Setup) -> None:  # house-ok: `check` asserts
     params = SamplingParams(
         temperature=0, max_tokens=STEPS, ignore_eos=True, logprobs=2, skip_reading_prefix_cache=True
     )
@@ -202,7 +202,7 @@ def test_a_file_that_is_damaged_under_the_engine_fails_its_requests_only(llama: 
     assert list(late.outputs[0].token_ids) == answers(llama.model(), folder, PROMPTS[1], STEPS)[0]
 
 
-def test_sliding_windows_and_chunked_prefill(gemma: Setup) -> None:
+def test_sliding_windows_and_chunked_prefill(gemma: Setup) -> None:  # house-ok: `check` asserts
     gemma.check(everything(gemma))
 
 
@@ -216,6 +216,7 @@ def test_preemption_and_eviction(gemma: Setup) -> None:
     assert gemma.counted("vllm:cartridge_host_evictions") > 0
 
 
+# house-ok: `check` asserts
 def test_tensor_parallel_ranks_take_their_heads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if (os.cpu_count() or 1) < 2:
         pytest.skip("two ranks of vLLM on CPU want two cores")

@@ -157,8 +157,8 @@ class OpenAIEngine(Engine):
         if self._failures > self.max_retries:
             self.hopeless = f"The server at {self.base_url} gave {trouble.message}, {self._failures} times in a row."
 
-    def _work(self, todo: Any, done: Any, wake: threading.Event) -> None:
-        while (request := todo.get()) is not None:
+    def _work(self, waiting: Any, done: Any, wake: threading.Event) -> None:
+        while (request := waiting.get()) is not None:
             began = time.monotonic()
             try:
                 result: Generation | _Trouble = self._ask(request)
