@@ -8,9 +8,10 @@ A run trains a cartridge with the trainer's defaults and its own settings (`num_
 `SelfStudyConfig`), and measures: the share of the gap in the gold answers' likelihood between no context and the text in
 context (of a text beyond the window: as many first tokens as `--fits` says) that it closes; the KL of the bare model from
 the model with the cartridge on prompts that have nothing to do with the text, as a multiple of what the text in context
-does there; and BM25 passages of as many tokens. Runs that are in `--output` already are left out, one that was stopped goes on at
-its last checkpoint (its time is then not told), and conversations are written once for all runs on a document, unless
-they have a `budget`.
+does there, with and without its gate; and BM25 passages of as many tokens. With `--held-out N` also the share of the gap
+in KL on N free conversations of another seed, with `--quantize int8 int4` the gap closed by the cartridge as it comes back
+from such a file. Runs that are in `--output` already are left out, one that was stopped goes on at its last checkpoint
+(its time is then not told), and conversations are written once for all runs on a document, unless they have a `budget`.
 """
 
 from __future__ import annotations
@@ -28,8 +29,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.trainer_utils import get_last_checkpoint
 
 from benchmarks.harness import DEFAULT_MODEL, print_table
+from benchmarks.initialization import as_stored
 from peft_cartridges import (
     CartridgeConfig,
+    Gate,
     KVPrefix,
     SelfStudyConfig,
     SelfStudySynthesizer,
@@ -64,6 +67,7 @@ class Measured:
         self.codec = ChatCodec.of(self.model, self.tokenizer)
         self.ids = self.codec.encode_context(document.text)
         pairs = [p for p in general_pairs(args.data and args.data / "general.jsonl") if len(p["prompt"]) < _LONGEST]
+        self.prompts = [pair["prompt"] for pair in pairs[:_GENERAL]]
         self.general = [row_of_answer(self.codec, p["prompt"], p["answer"][:_LONGEST]) for p in pairs[:_GENERAL]]
         self.asked = [row_of_answer(self.codec, q.question, q.answers[0]) for q in document.answerable]
         bare = bare_system(self.model, self.codec)
@@ -78,9 +82,12 @@ class Measured:
         scores = score_rows(system, self.asked)
         return sum(score.nll for score in scores) / sum(score.tokens for score in scores)
 
-    def off_context(self, system: System) -> float:
+    def off_context(self, system: System, gate: Gate | None = None) -> float:
+        """With a gate, what it rejects is answered by the bare model."""
         found = compare_rows(system, self.general, self.states)
-        return sum(row.kl for row in found) / sum(row.tokens for row in found)
+        behind = [gate is None or gate.accepts(prompt) for prompt in self.prompts]
+        kls = [row.kl for row, is_behind in zip(found, behind, strict=True) if is_behind]
+        return sum(kls) / sum(row.tokens for row in found)
 
     def closed(self, nll: float) -> float:
         return (self.no_context - nll) / (self.no_context - self.full)
@@ -90,9 +97,8 @@ class Measured:
         bench = Bench(self.model, self.tokenizer, self.document.text, num_tokens)
         return self.closed(self.nll(get_baseline("bm25")(bench)))
 
-    def _conversations(self, args: SelfStudyConfig) -> Dataset:
+    def _conversations(self, settings: SynthesisConfig) -> Dataset:
         """Written once for all runs."""
-        settings = SynthesisConfig.from_args(args)
         folder = self.args.work / self.document.id / "conversations"
         synthesizer = SelfStudySynthesizer(self.model, self.tokenizer, settings)
         return synthesizer.synthesize(
@@ -108,22 +114,37 @@ class Measured:
             output_dir=str(self.args.work / self.document.id / key), save_steps=20, save_total_limit=1,
             logging_steps=10, plot=False, use_cpu=self.args.device == "cpu", report_to="none", **own,
         )  # fmt: skip
+        held_out = None
+        if self.args.held_out:
+            free = {"recitation_share": 0.0, "off_context_share": 0.0, "synthesis_seed": 1}
+            held_out = self._conversations(SynthesisConfig(num_conversations=self.args.held_out, **free))
         start = time.perf_counter()
         corpus = Dataset.from_dict({"text": [self.document.text]})
         trainer = SelfStudyTrainer(
-            self.model, args, corpus if args.budget else self._conversations(args), processing_class=self.tokenizer,
-            peft_config=CartridgeConfig(num_tokens=num_tokens), corpus=None if args.budget else self.document.text,
+            self.model, args, corpus if args.budget else self._conversations(SynthesisConfig.from_args(args)),
+            held_out, processing_class=self.tokenizer, peft_config=CartridgeConfig(num_tokens=num_tokens),
+            corpus=None if args.budget else self.document.text,
         )  # fmt: skip
         last = get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None
         trainer.train(resume_from_checkpoint=last)
         seconds = time.perf_counter() - start
+        conversations_closed = trainer.evaluate()["eval_conversation_gap_closed"] if held_out else None
         prefix = trainer.model.get_kv_prefix().detach().to(self.model.dtype)
+        stored = {
+            scheme: trainer.model.get_kv_prefix().detach() for scheme, _ in as_stored(trainer.model, self.args.quantize)
+        }
         history = trainer.state.log_history
         said = [entry["synthesis/seconds"] for entry in history if "synthesis/seconds" in entry]
         written = said[0] if said else None
         self.model = trainer.model.unload().eval()
         cartridge = prefix_system("cartridge", self.model, self.codec, prefix)
         nll = self.nll(cartridge)
+        quantized = {
+            scheme: self.closed(self.nll(prefix_system(scheme, self.model, self.codec, kept.to(self.model.dtype))))
+            for scheme, kept in stored.items()
+            if scheme in self.args.quantize
+        }
+        gate = Gate.make(self.document.text, self.tokenizer)
         return {
             "document": self.document.id, "text_tokens": len(self.ids), "num_tokens": num_tokens, "settings": settings,
             "conversations": len(trainer.train_dataset), "steps": trainer.state.global_step,
@@ -131,6 +152,10 @@ class Measured:
             "synthesis_seconds": written, "seconds": None if last else round(seconds, 1),
             "no_context": self.no_context, "full": self.full, "nll": nll, "closed": self.closed(nll),
             "off_context_kl": self.off_context(cartridge), "full_off_context_kl": self.full_off,
+            "gated_off_context_kl": self.off_context(cartridge, gate),
+            "gate_accepts": sum(gate([q.question for q in self.document.answerable])) / len(self.asked),
+            "gate_rejects": 1 - sum(gate(self.prompts)) / len(self.prompts),
+            "conversations_closed": conversations_closed, "quantized": quantized,
             "losses": [round(entry["loss"], 4) for entry in history if "loss" in entry], "questions": len(self.asked),
             "dtype": self.args.dtype, "threads": torch.get_num_threads(),
         }  # fmt: skip
@@ -150,11 +175,14 @@ def show(records: list[dict[str, Any]]) -> None:
             f"{record['bm25']:.1%}",
             f"{record['off_context_kl']:.3f}",
             f"{record['off_context_kl'] / record['full_off_context_kl']:.2f}",
+            f"{record['gated_off_context_kl'] / record['full_off_context_kl']:.2f}",
+            f"{record['conversations_closed']:.1%}" if record["conversations_closed"] else None,
+            ", ".join(f"{scheme} {closed:.1%}" for scheme, closed in record["quantized"].items()),
         ]
         for record in records
     ]
     header = ["text", "tokens", "settings", "conversations", "steps", "took", "gap closed", "BM25", "KL off context"]
-    print_table([*header, "of the text's"], rows)
+    print_table([*header, "of the text's", "with the gate", "conversations", "quantized"], rows)
 
 
 def main() -> None:
@@ -166,6 +194,8 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--fits", type=int, default=7_000, help="tokens of a text beyond the window that are read")
+    parser.add_argument("--held-out", type=int, default=0, help="free conversations to measure with")
+    parser.add_argument("--quantize", nargs="*", default=[], choices=["int8", "int4", "fp8"])
     parser.add_argument("--output", type=Path, default=Path("outputs/choosing.jsonl"), help="the JSON lines")
     parser.add_argument("--work", type=Path, default=Path("outputs/choosing"), help="conversations")
     parser.add_argument("--table", action="store_true", help="print the output as a table and stop")

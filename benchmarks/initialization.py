@@ -82,7 +82,7 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
             wall, processor = time.perf_counter(), time.process_time()
             initialize_cartridge(model, tokenizer, text=text, strategy=name, **options)
             wall, processor = time.perf_counter() - wall, time.process_time() - processor
-            for scheme, num_bytes in _as_stored(model, args.quantize):
+            for scheme, num_bytes in as_stored(model, args.quantize):
                 nll = gold_answer_nll(model, tokenizer, questions, in_context=True)
                 record = {
                     "document": document["id"], "tokens": len(ids), "num_tokens": num_tokens,
@@ -96,8 +96,9 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
     return records
 
 
-def _as_stored(model: PeftModel, schemes: Sequence[str]) -> Iterator[tuple[str, int]]:
-    """The model with its cartridge as it is, then as each scheme gives it back; the scheme, and bytes of the weights."""
+def as_stored(model: PeftModel, schemes: Sequence[str]) -> Iterator[tuple[str, int]]:
+    """Puts what comes back from a file into the cartridge, for each scheme in turn, as it is first; the scheme, and bytes of
+    the weights."""
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(Path(folder) / "whole")
         yield "as it is", (Path(folder) / "whole" / WEIGHTS_FILE).stat().st_size

@@ -2,7 +2,8 @@
 
 PyTorch's flash attention multiplies bfloat16 at float32's speed there; oneDNN's plain products do not. Scores, and the
 gradients of weights, are products in float32, since rounding them would show; the weights made of them are rounded where
-flash attention rounds them, so the result is as close to the exact one as flash attention's.
+flash attention rounds them, so the result is as close to the exact one as flash attention's. Scores of a tile are in bits
+(`BITS` says why).
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .plain_attention import Gradients, Part, Wanted
+from .plain_attention import BITS, Gradients, Part, Wanted
 
 # Scores of a tile: in float32, they stay in a core's second-level cache.
 _SCORES = 1 << 19
@@ -45,7 +46,7 @@ def _pays() -> bool:
 def attend(part: Part) -> tuple[Tensor, Tensor]:
     """Output `[batch, heads, q_len, value_dim]`, float32, and log-sum-exp `[batch, heads, q_len]`."""
     query, value = _by_kv_head(part.query, part), _by_kv_head(part.value, part)
-    scaled = query.float().mul_(part.scoring.scale)
+    scaled = query.float().mul_(part.scoring.scale * BITS)
     keys = _by_kv_head(part.key, part).float().transpose(1, 2)
     output = scaled.new_empty(*query.shape[:2], value.shape[-1])
     lse = scaled.new_empty(query.shape[:2])
@@ -56,10 +57,10 @@ def attend(part: Part) -> tuple[Tensor, Tensor]:
         if hidden is not None:
             scores.view(-1, q_len, q_len).add_(hidden)
         highest = scores.amax(-1, keepdim=True)
-        weights = scores.sub_(highest).exp_()
+        weights = scores.sub_(highest).exp2_()
         total = weights.sum(-1, keepdim=True)
         output[heads, rows] = (weights.to(value.dtype) @ value[heads]).float().div_(total)
-        lse[heads, rows] = total.log_().add_(highest)[..., 0]
+        lse[heads, rows] = total.log2_().add_(highest).div_(BITS)[..., 0]
     return output.reshape(*part.query.shape[:3], -1), lse.reshape(part.query.shape[:3])
 
 
@@ -69,7 +70,7 @@ def attend_backward(part: Part, grad: Tensor, output: Tensor, lse: Tensor, wante
     scale, q_len = part.scoring.scale, part.query.shape[2]
     delta = (grad.float() * output.float()).sum(-1, keepdim=True)
     # One more column in each product subtracts what all of a row's scores are less by.
-    scaled = _by_kv_head(torch.cat([part.query.float() * scale, -lse[..., None].float()], -1), part)
+    scaled = _by_kv_head(torch.cat([part.query.float() * scale, -lse[..., None].float()], -1).mul_(BITS), part)
     wide_grad = _by_kv_head(torch.cat([grad.float(), -delta], -1), part)
     keys, values = (_with_ones(_by_kv_head(tensor, part)).transpose(1, 2) for tensor in (part.key, part.value))
     query, grad, key = (_by_kv_head(tensor, part) for tensor in (part.query, grad, part.key))
@@ -77,7 +78,7 @@ def attend_backward(part: Part, grad: Tensor, output: Tensor, lse: Tensor, wante
     d_key = torch.zeros(key.shape, dtype=torch.float32)
     d_value = torch.zeros(*key.shape[:2], grad.shape[-1], dtype=torch.float32)
     for heads, rows in _tiles(part):
-        weights = (scaled[heads, rows] @ keys[heads]).exp_()
+        weights = (scaled[heads, rows] @ keys[heads]).exp2_()
         if part.scoring.causal:  # there may be infinities behind the diagonal: not by a product
             weights.view(-1, q_len, q_len).tril_()
         if wanted[2]:

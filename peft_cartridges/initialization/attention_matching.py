@@ -22,24 +22,26 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
+from ..attention.plain_attention import BITS
 from ..attention.probe import UnsupportedModelError, base_model, execution_device
 from ..chat import ChatCodec
 from ..hidden_states import pad_right
 from ..kv_prefix import KVPrefix, evaluating
 from .corpus_tokens import encode_corpus, recitations, window_parts
 from .moved_keys import PROBE_TOKENS, move_prefix
-from .reference_attention import LayerReading, read_behind
+from .reference_attention import LayerReading, Observer, read_behind
 
 # Tokens of a recited piece. Where a piece begins, the model has to find its place in the text by itself: short pieces ask for
 # more of that, as questions do.
 _PIECE = 64
 # Queries of a step of gradient descent, and how far it goes at most, in units of the mean size of a head's keys and values.
-_BATCH, _RATE = 1024, 0.02
+_BATCH, _RATE = 512, 0.02
 # Tokens of the reference texts that are read at a time, with logits for each.
 _READ_ALONE = 512
 # Weights held at a time.
-_WEIGHTS = 1 << 19
+_WEIGHTS = 1 << 20
 
 
 def attention_matching(
@@ -89,12 +91,23 @@ def attention_matching(
         ]
         asked = _Asked(surprise(model, rows), share_of_queries)
         whole = _Whole(prefix, end - start + 1, asked)
-        read_behind(model, prefix, rows, whole)
         compactor = _Compactor(whole, value_ridge, steps)
-        read_behind(model, prefix, rows, compactor)
+        said = f"Attention matching, part {len(compacted) + 1} of {len(parts)}"
+        with tqdm(total=2 * prefix.num_layers, desc=said, unit=" layers", delay=2, leave=False) as shown:
+            read_behind(model, prefix, rows, _counted(whole, shown))
+            read_behind(model, prefix, rows, _counted(compactor, shown, prefix.num_layers))
         moved = move_prefix(model, compactor.prefix(), end - len(part) - 1, part[:PROBE_TOKENS])
         compacted.append(moved[1:] if compacted else moved)
     return KVPrefix.concatenate(compacted)
+
+
+def _counted(observe: Observer, shown: tqdm[Any], done: int = 0) -> Observer:
+    def observe_and_count(layer: LayerReading) -> tuple[Tensor, Tensor] | None:
+        made = observe(layer)
+        shown.update(done + layer.index + 1 - shown.n)
+        return made
+
+    return observe_and_count
 
 
 @torch.no_grad()
@@ -138,19 +151,25 @@ class _Asked:
 
 
 class _Queries:
-    """Some queries of a layer: `query` `[heads, asked, key_dim]`, scaled, `own_lse` `[heads, asked]` and `own_output`
-    `[heads, asked, value_dim]` as a layer reading's, all float32; `importance` `[asked]`, 1 in the mean."""
+    """Some queries of a layer: `query` `[heads, asked, key_dim]`, in the model's dtype, in which all large products are made;
+    `own_lse` `[heads, asked]` and `own_output` `[heads, asked, value_dim]` as a layer reading's; `importance` `[asked]`, 1 in
+    the mean. Scores and log-sum-exps are in bits (`BITS` says why)."""
 
     def __init__(self, layer: LayerReading, index: Tensor, importance: Tensor) -> None:
-        self.query = layer.query[:, index].float() * layer.scoring.scale
-        self.own_lse, self.own_output = layer.own_lse[:, index], layer.own_output[:, index]
-        self.importance, self.softcap = importance, layer.scoring.softcap
+        self.query = (layer.query[:, index].float() * (layer.scoring.scale * BITS)).to(layer.query.dtype)
+        self.own_lse, self.own_output = layer.own_lse[:, index] * BITS, layer.own_output[:, index]
+        self.importance = importance
+        self.softcap = None if layer.scoring.softcap is None else layer.scoring.softcap * BITS
         self.mask = None if layer.mask is None else layer.mask[index]
+
+    def multiplied(self, left: Tensor, right: Tensor) -> Tensor:
+        """The product of batches of matrices in the model's dtype, given back as float32."""
+        return (left.to(self.query.dtype) @ right.to(self.query.dtype)).float()
 
     def scores(self, key: Tensor, kept: Tensor | None = None, some: slice | Tensor = slice(None)) -> Tensor:
         """`[heads, some, tokens]`: of keys `[heads, tokens, key_dim]`, which are those that `kept` `[heads, tokens]` says of
         the tokens in sight."""
-        scores = self.query[:, some] @ key.mT
+        scores = self.multiplied(self.query[:, some], key.mT)
         if self.softcap is not None:
             scores = self.softcap * torch.tanh(scores / self.softcap)
         if self.mask is not None:
@@ -164,16 +183,13 @@ class _Queries:
         """Attention weights of the keys, `[heads, some, tokens]`, and of all that is the queries' own, `[heads, some, 1]`."""
         scores, own = self.scores(key, kept, some), self.own_lse[:, some, None]
         highest = torch.maximum(scores.amax(-1, keepdim=True), own)
-        weights, own = scores.sub_(highest).exp_(), (own - highest).exp()
+        weights, own = scores.sub_(highest).exp2_(), (own - highest).exp2()
         total = weights.sum(-1, keepdim=True) + own
         return weights.div_(total), own / total
 
-    def output(
-        self, key: Tensor, value: Tensor, kept: Tensor | None = None, some: slice | Tensor = slice(None)
-    ) -> Tensor:
+    def output(self, weights: Tensor, own: Tensor, value: Tensor, some: slice | Tensor = slice(None)) -> Tensor:
         """What the heads give, `[heads, some, value_dim]`."""
-        weights, own = self.weights(key, kept, some)
-        return weights @ value + own * self.own_output[:, some]
+        return self.multiplied(weights, value) + own * self.own_output[:, some]
 
     def gradients(
         self, key: Tensor, value: Tensor, wanted: Tensor, kept: Tensor, some: Tensor
@@ -183,19 +199,19 @@ class _Queries:
         # A masked score is far below the cap, and its weight 0.
         steep = None if self.softcap is None else 1 - (scores / self.softcap).clamp_min(-1).square()
         highest = torch.maximum(scores.amax(-1, keepdim=True), self.own_lse[:, some, None])
-        weights, own = scores.sub_(highest).exp_(), (self.own_lse[:, some, None] - highest).exp()
-        # One more column of the values sums the weights up, and subtracts what is common to all of a query's.
-        wide = torch.cat([value, torch.ones_like(value[..., :1])], -1)
-        total = weights @ wide
-        share = 1 / (total[..., -1:] + own)
-        output = (total[..., :-1] + own * self.own_output[:, some]) * share
+        weights, own = scores.sub_(highest).exp2_(), (self.own_lse[:, some, None] - highest).exp2()
+        share = 1 / (weights.sum(-1, keepdim=True) + own)
+        weights = weights.to(self.query.dtype)
+        output = (self.multiplied(weights, value) + own * self.own_output[:, some]) * share
         error = (output - wanted) * (self.importance[some, None] * share)
-        d_value = weights.mT @ error
-        d_scores = torch.cat([error, -(error * output).sum(-1, keepdim=True)], -1) @ wide.mT
+        d_value = self.multiplied(weights.mT, error)
+        # One more column subtracts what is common to all of a query's.
+        wide = torch.cat([value, torch.ones_like(value[..., :1])], -1).to(weights.dtype)
+        d_scores = torch.cat([error, -(error * output).sum(-1, keepdim=True)], -1).to(weights.dtype) @ wide.mT
         d_scores.mul_(weights)
         if steep is not None:
             d_scores.mul_(steep)
-        return d_scores.mT @ self.query[:, some], d_value
+        return self.multiplied(d_scores.mT, self.query[:, some]) / BITS, d_value
 
     def pieces(self, num_tokens: int) -> Iterator[slice]:
         """All queries, so few at a time that their weights stay small."""
@@ -228,13 +244,13 @@ class _Whole:
         if layer.index in self.kept:  # a later layer that shares the keys of this one
             return
         queries = self.asked.queries(layer)
-        key, value = layer.key.float(), layer.value.float()
-        received = key.new_zeros(len(key), self.prefix.num_tokens)
+        key, value = layer.key, layer.value
+        received = key.new_zeros(len(key), self.prefix.num_tokens, dtype=torch.float32)
         in_sight = received[:, received.shape[1] - key.shape[1] :]
         outputs = []
         for some in queries.pieces(key.shape[1]):
             weights, own = queries.weights(key, some=some)
-            outputs.append(weights @ value + own * queries.own_output[:, some])
+            outputs.append(queries.output(weights, own, value, some))
             in_sight += queries.importance[some] @ weights.square_()
         received[:, 0] = torch.inf  # attention falls on the first token wherever it is
         self.kept[layer.index] = received.topk(self.num_tokens).indices.sort().values
@@ -286,11 +302,11 @@ def _fit(
     aim = wanted.new_zeros(len(key), key.shape[1] - 1, value.shape[2])
     for some in queries.pieces(key.shape[1]):
         weights, own = queries.weights(key, kept, some)
-        missing = wanted[:, some] - weights @ value - own * queries.own_output[:, some]
+        missing = wanted[:, some] - queries.output(weights, own, value, some)
         weights = weights[..., 1:]
-        weighted = (weights * queries.importance[some, None]).transpose(1, 2)
+        weighted = (weights * queries.importance[some, None]).mT
         gram += weighted @ weights
-        aim += weighted @ missing
+        aim += queries.multiplied(weighted, missing)
     value = torch.cat([value[:, :1], value[:, 1:] + _ridge(gram, aim, ridge)], 1)
     if not steps:
         return key, value
@@ -313,7 +329,7 @@ def _errors(queries: _Queries, key: Tensor, value: Tensor, wanted: Tensor, kept:
     """Squared errors of each head, the queries by their importance: `[heads]`."""
     error = wanted.new_zeros(len(key))
     for some in queries.pieces(key.shape[1]):
-        missing = queries.output(key, value, kept, some) - wanted[:, some]
+        missing = queries.output(*queries.weights(key, kept, some), value, some) - wanted[:, some]
         error += (missing.square().sum(-1) * queries.importance[some]).sum(-1)
     return error
 

@@ -36,23 +36,11 @@ class InitializationStrategy(Protocol):
     ) -> KVPrefix: ...
 
 
-def auto(
-    model: nn.Module,
-    processing_class: Any,
-    text: str,
-    *,
-    num_tokens: int,
-    chat_template: bool,
-    to_train: bool = True,
-) -> KVPrefix:
-    """`most_attended`, or with a warning `first_tokens` where keys cannot be moved (learned positions).
-
-    Args:
-        to_train: Whether the cartridge is only begun here. If not, `attention_matching` is tried first, whose
-            values are fitted.
-    """
+def auto(model: nn.Module, processing_class: Any, text: str, *, num_tokens: int, chat_template: bool) -> KVPrefix:
+    """`attention_matching`; `most_attended` where there are no values of single heads to fit; with a warning
+    `first_tokens` where keys cannot be moved (learned positions)."""
     options: dict[str, Any] = {"num_tokens": num_tokens, "chat_template": chat_template}
-    strategies: list[InitializationStrategy] = [most_attended] if to_train else [attention_matching, most_attended]
+    strategies: list[InitializationStrategy] = [attention_matching, most_attended]
     reason: UnsupportedModelError | None = None
     for strategy in strategies:
         try:
@@ -131,9 +119,9 @@ def initialize_cartridge(
         text: The corpus, or a representative part of it.
         prefix: Instead of `text`: keys and values to take as they are.
         strategy: How `num_tokens` tokens are made of the text. `most_attended`: each head's own, by the attention that
-            they receive when the model recites the text. `attention_matching`: such, with fitted values. `first_tokens`:
-            the first ones, the paper's. `auto`: the first that the model allows of `attention_matching` (with
-            `to_train=False`), `most_attended` and `first_tokens`. `list_strategies()` has those that you registered too.
+            they receive when the model recites the text. `attention_matching`: such, then fitted. `first_tokens`: the
+            first ones, the paper's. `auto`: the first of these that the model allows, the fitted ones before the others.
+            `list_strategies()` has those that you registered too.
         adapter_name: Which adapter; the active one by default.
         chat_template: Whether the text stands in a system message, as in `KVPrefix.from_text`.
         options: Further arguments of the strategy.

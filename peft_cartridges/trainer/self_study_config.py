@@ -55,10 +55,10 @@ class SelfStudyConfig(SynthesisConfig, _BaseConfig):
         metadata={
             "help": "How a new cartridge is initialized from the corpus (or, where that is not known, from the "
             "conversations' `context`). `most_attended`: each head's tokens that receive "
-            "the most attention when the model recites the corpus. `first_tokens` (paper): its first tokens. `auto`: the "
-            "former where the model allows it, because it takes far fewer steps to the same quality; with `max_steps=0`, "
-            "`attention_matching`, whose values are fitted. `none` leaves the cartridge as it is. `docs/training.md` "
-            "lists the others."
+            "the most attention when the model recites the corpus. `attention_matching`: such, fitted to what the heads "
+            "give with the whole text. `first_tokens` (paper): its first tokens. `auto`: the first that the model allows, "
+            "the fitted ones before the others, because they take far fewer steps to the same quality. `none` leaves the "
+            "cartridge as it is. `docs/training.md` lists the others."
         },
     )
     initialization_kwargs: dict[str, Any] | str | None = field(

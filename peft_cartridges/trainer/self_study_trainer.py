@@ -241,14 +241,11 @@ class SelfStudyTrainer(CheckpointingTrainer, PushingTrainer):
             return
         self._place_model()
         self._say(f"Initializing the cartridge ({self.args.initialization}) …")
-        unchanged = self.args.initialization == "auto" and self.args.max_steps == 0
-        options: dict[str, Any] = {"to_train": False} if unchanged else {}
         initialize_cartridge(
             cast(PeftModel, self.model),
             self.codec,
             text=self._first_text,
             strategy=self.args.initialization,
-            **options,
             **cast(dict[str, Any], self.args.initialization_kwargs or {}),
         )
         self.average.restart()

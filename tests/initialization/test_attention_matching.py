@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -146,9 +147,10 @@ def test_gradients_are_those_of_autograd(softcap: float | None, masked: bool) ->
     some, wanted = torch.tensor([7, 2, 2, 11]), torch.randn(heads, 4, dim)
     scores = queries.scores(key, kept, some)
     own = queries.own_lse[:, some, None]
-    weights = torch.cat([scores, own], -1).softmax(-1)
+    weights = (torch.cat([scores, own], -1) * math.log(2)).softmax(-1)  # scores are in bits
     output = weights[..., :-1] @ value + weights[..., -1:] * queries.own_output[:, some]
-    torch.testing.assert_close(queries.output(key.detach(), value.detach(), kept, some), output.detach())
+    have = queries.output(*queries.weights(key.detach(), kept, some), value.detach(), some)
+    torch.testing.assert_close(have, output.detach())
     loss = ((output - wanted).square().sum(-1) * queries.importance[some]).sum() / 2
     expected = torch.autograd.grad(loss, [key, value])
     for have, want in zip(queries.gradients(key.detach(), value.detach(), wanted, kept, some), expected, strict=True):

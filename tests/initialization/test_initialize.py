@@ -44,18 +44,17 @@ def test_a_prefix_is_taken_as_it_is() -> None:
 
 
 @pytest.mark.parametrize(
-    ("architecture", "to_train", "expected"),
+    ("architecture", "expected"),
     [
-        ("llama", True, "most_attended"),
-        ("llama", False, "attention_matching"),
-        ("deepseek_v3", False, "most_attended"),  # values of all heads in one: nothing to fit
-        ("gpt2", False, "first_tokens"),
+        ("llama", "attention_matching"),
+        ("deepseek_v3", "most_attended"),  # values of all heads in one: nothing to fit
+        ("gpt2", "first_tokens"),
     ],
 )
 @pytest.mark.filterwarnings("ignore:Initialization from the first tokens")
-def test_auto_takes_the_best_that_the_model_allows(architecture: str, to_train: bool, expected: str) -> None:
+def test_auto_takes_the_best_that_the_model_allows(architecture: str, expected: str) -> None:
     made = []
-    for options in ({"strategy": "auto", "to_train": to_train}, {"strategy": expected}):
+    for options in ({"strategy": "auto"}, {"strategy": expected}):
         model = get_peft_model(tiny_model(architecture), CartridgeConfig(num_tokens=12))
         made.append(initialize_cartridge(model, tiny_tokenizer(), text=TEXT, **options))
     assert all(torch.equal(a, b) for a, b in zip(made[0].values, made[1].values, strict=True))
