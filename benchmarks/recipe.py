@@ -87,8 +87,9 @@ def _runs() -> list[Run]:
         Run("keys_slower", "optimizer", {"key_learning_rate": 0.01}),
         Run("three_passes_of_a_third", "data", {"num_conversations": 128}),
         Run("first_tokens", "initialization", {"initialization": "first_tokens"}),
+        Run("most_attended", "initialization", {"initialization": "most_attended"}),
         Run("first_tokens_1/5", "initialization", {"initialization": "first_tokens"}, shrink=5),
-        Run("most_attended_1/5", "initialization", shrink=5),
+        Run("most_attended_1/5", "initialization", {"initialization": "most_attended"}, shrink=5),
     ]
     runs += [Run(f"lr_{rate:g}", "learning_rate", {"learning_rate": rate}) for rate in (0.01, 0.02, 0.08)]
     runs += [

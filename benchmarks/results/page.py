@@ -21,7 +21,7 @@ _OFF = (
 _SHORT = ("gap_closed", "teacher_kl", "general_kl")
 # Group -> (title, the parameter that it varies, what the base has for it)
 _VARIANTS = {
-    "initializations": ("Initializations", "start", "most_attended, the default"),
+    "initializations": ("Initializations", "start", "attention_matching, the default"),
     "objective": ("KL against cross-entropy", "loss_type", "forward_kl, the default"),
     "seeds": ("Kinds of seed prompts", "seeds", None),
     "sink": ("Frozen first tokens", "frozen", "1, the default"),

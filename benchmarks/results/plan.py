@@ -94,7 +94,7 @@ def plan(documents: list[str], long: list[str], budget: str) -> list[Cell]:
     found += [cell for shrink in (5, 20, 38) for cell in cells("sizes", "trained", first, shrink=shrink)]
     found += cells("quality", "trained", measured[1:]) + cells("lora", "lora", few)
     found += cells("objective", "trained", few, loss_type="cross_entropy") + cells("sink", "trained", few, frozen=0)
-    starts = [name for name in list_strategies() if name not in ("auto", "most_attended", "pretrained", "summary")]
+    starts = [name for name in list_strategies() if name not in ("auto", "attention_matching", "pretrained", "summary")]
     for start in [name for name in starts if name != "random_tokens"] if small else starts:
         found += cells("initializations", "trained", few, start=start)
     found += cells("initializations", "trained", few, start="unrelated_text")
