@@ -16,6 +16,7 @@ pytest.importorskip("vllm", reason="vLLM is not installed (it needs an environme
 from vllm import SamplingParams
 from vllm.exceptions import VLLMValidationError
 
+from peft_cartridges import Gate
 from peft_cartridges.adapter_folder import read_cartridge, write_cartridge
 from peft_cartridges.composition import NamedCartridge, join_cartridges
 from peft_cartridges.serving import CartridgeLLM
@@ -157,9 +158,47 @@ def test_chat_has_the_same_ids_as_the_tokenizer(llama: Setup) -> None:
     assert list(output.outputs[0].token_ids) == answers(llama.model(), llama.folders["c64"], ids, STEPS)[0]
 
 
+def test_what_the_gate_rejects_is_answered_by_the_base(llama: Setup, tmp_path: Path) -> None:
+    """In a batch with others, each behind its own chat template; `lora_request` names what answered."""
+    folder = save_cartridge(tmp_path / "gated", llama.model(), 50, seed=50, base=llama.llm.cartridges.base.name)
+    Gate.make("what is the sea ? the sea , the sea .", tiny_tokenizer()).save_pretrained(folder)
+    entry = llama.llm.cartridges.load("gated", str(folder))
+    entry.chat_template = "{% for message in messages %}{{ message.content }} {% endfor %}"
+    about, other = "what is the sea ?", "write a haiku now"
+    own = {text: tiny_tokenizer()(f"{text} ", add_special_tokens=False)["input_ids"] for text in (about, other)}
+
+    def chat(**options: Any) -> list[Any]:
+        conversations = [[{"role": "user", "content": text}] for text in (other, about, about)]
+        return llama.llm.chat(
+            conversations, [GREEDY] * 3, cartridge=["gated", "c64", "gated"], use_tqdm=False, **options
+        )
+
+    def answered(output: Any, path: Path | None, name: str | None) -> None:
+        assert (output.lora_request.lora_name if output.lora_request else None) == name
+        assert list(output.outputs[0].token_ids) == answers(llama.model(), path, output.prompt_token_ids, STEPS)[0]
+
+    rejected, ungated, accepted = chat()
+    answered(rejected, None, None)
+    answered(ungated, llama.folders["c64"], "c64")
+    answered(accepted, folder, "gated")
+    assert accepted.prompt_token_ids == own[about] and rejected.prompt_token_ids != own[other]
+    assert entry.decisions == {"accepted": 1, "rejected": 1}
+    regardless, *_ = chat(gate=False)
+    answered(regardless, folder, "gated")
+    assert regardless.prompt_token_ids == own[other]
+    prompts = [other, {"prompt": about}, {"prompt_token_ids": own[other]}]  # token ids say nothing to a gate
+    outputs = llama.llm.generate(prompts, GREEDY, cartridge="gated", use_tqdm=False)
+    for output, path in zip(outputs, (None, folder, folder), strict=True):
+        answered(output, path, path and "gated")
+    assert entry.decisions == {"accepted": 2, "rejected": 2}
+    llama.llm.cartridges.unload("gated")
+
+
 def test_refused_before_the_engine_hears_of_it(llama: Setup) -> None:
     with pytest.raises(ValueError, match=r"no cartridge 'other'. There are: c5, c37"):
         llama.generate([("other", PROMPTS[0])], GREEDY)
+    with pytest.raises(ValueError, match="has 1 names for 2 requests"):
+        llama.llm.generate(["the", "sea"], GREEDY, cartridge=["c64"])
     with pytest.raises(VLLMValidationError, match="has 200 tokens and cartridge 'c64' 64"):
         llama.generate([("c64", token_ids(200).tolist())], GREEDY)
     with pytest.raises(VLLMValidationError, match="Log-probabilities of the prompt"):
