@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -239,6 +241,22 @@ def test_a_file_that_is_damaged_under_the_engine_fails_its_requests_only(llama: 
     path.write_bytes(whole)
     (late,) = llama.generate([("late", PROMPTS[1])], GREEDY)
     assert list(late.outputs[0].token_ids) == answers(llama.model(), folder, PROMPTS[1], STEPS)[0]
+
+
+def test_a_vllm_that_is_too_old_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And a newer one than was tested is warned of."""
+    spec = importlib.util.find_spec("peft_cartridges.serving.connector")
+    assert spec is not None and spec.loader is not None
+    monkeypatch.setattr("vllm.__version__", "0.31.9+cpu")
+    with pytest.raises(ImportError, match=r"need vLLM 0\.32 or newer, and this is 0\.31\.9.*pip install"):
+        spec.loader.exec_module(importlib.util.module_from_spec(spec))
+    monkeypatch.setattr("vllm.__version__", "0.33.0")
+    warned: list[str] = []
+    monkeypatch.setattr("logging.Logger.warning", lambda self, text, *args: warned.append(text % args))
+    again = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, again)  # dataclasses look their module up
+    spec.loader.exec_module(again)
+    assert len(warned) == 1 and "tested with vLLM 0.32, not with 0.33.0" in warned[0]
 
 
 def test_sliding_windows_and_chunked_prefill(gemma: Setup) -> None:  # house-ok: `check` asserts
