@@ -274,11 +274,22 @@ def test_preemption_and_eviction(gemma: Setup) -> None:
 
 
 # house-ok: `check` asserts
-def test_tensor_parallel_ranks_take_their_heads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "parallel",
+    [
+        {"tensor_parallel_size": 2},
+        # On CPU, vLLM's second stage needs a warm-up run, which it leaves out where nothing is traced.
+        {"pipeline_parallel_size": 2, "enforce_eager": False, "compilation_config": {"mode": 2, "backend": "eager"}},
+    ],
+    ids=["heads", "layers"],
+)
+def test_parallel_ranks_take_their_part(
+    parallel: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     if (os.cpu_count() or 1) < 2:
         pytest.skip("two ranks of vLLM on CPU want two cores")
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
-    setup = Setup(tmp_path, "llama", tensor_parallel_size=2, distributed_executor_backend="mp")
+    setup = Setup(tmp_path, "llama", distributed_executor_backend="mp", **parallel)
     try:
         setup.check(everything(setup))
     finally:
