@@ -37,7 +37,7 @@ MESSAGES = [{"role": "user", "content": "what is the sea ?"}]
 TOKENIZER = tiny_tokenizer()
 OWN_TEMPLATE = TOKENIZER.chat_template  # and with a default system prompt in front, as many models have one:
 TOKENIZER.chat_template = (
-    "{% if messages[0]['role'] != 'system' %}<system> w50 <end> {% endif %}" + TOKENIZER.chat_template
+    "{% if messages[0]['role'] != 'system' %}<system> w33 w44 w55 <end> {% endif %}" + TOKENIZER.chat_template
 )
 
 
@@ -115,7 +115,7 @@ def test_answers_are_those_of_transformers(world: World, model: str) -> None:
     tokens, logprobs = world.expected(model)
     answer = world.ask(model, logprobs=True, top_logprobs=1)
     assert (answer.model, answer.choices[0].message.content) == (model, words(tokens))
-    assert answer.usage.prompt_tokens == 11
+    assert answer.usage.prompt_tokens == 13
     found = [one.logprob for one in answer.choices[0].logprobs.content]
     expected = [float(logprobs[step, token]) for step, token in enumerate(tokens)]
     assert found == pytest.approx(expected[: len(found)], abs=2e-4)
