@@ -10,6 +10,9 @@ random: what they say changes no speed.
 
 Time to first token is measured with one request at a time (`cold`: of the first request to each text or cartridge, which
 fills the cache), requests per second with `--concurrency` at once.
+
+Needs cores that do nothing else: vLLM's threads on CPU wait for each other in a busy loop, and beside other work a
+request can take forty times as long. `OMP_WAIT_POLICY=passive` mends that, and is slower on cores that are free.
 """
 
 from __future__ import annotations
