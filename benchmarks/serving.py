@@ -4,10 +4,15 @@
 
 Every request is a question of its own about one of the texts, drawn at random. The systems: `no_context` (the bare
 question), `text` (the full text in front, without prefix caching), `text_cached` (with prefix caching), and cartridges
-of a part of the text's length. All have the same memory for keys and values (`--cache-gib`); the text's cache is filled
-before anything is measured. Texts and cartridges are random: what they say changes no speed.
+of a part of the text's length. All have the same memory for keys and values (`--cache-gib`), and the engine's prefix cache
+is filled before anything is measured, with as many texts or cartridges as it has room for. Texts and cartridges are
+random: what they say changes no speed.
 
-Time to first token is measured with one request at a time, requests per second with `--concurrency` at once.
+Time to first token is measured with one request at a time (`cold`: of the first request to each text or cartridge, which
+fills the cache), requests per second with `--concurrency` at once.
+
+Needs cores that do nothing else: vLLM's threads on CPU wait for each other in a busy loop, and beside other work a
+request can take forty times as long. `OMP_WAIT_POLICY=passive` mends that, and is slower on cores that are free.
 """
 
 from __future__ import annotations
@@ -92,8 +97,7 @@ def _measure(
         work = _Work(llm, settings, text_tokens, cartridge_tokens)
         results = {}
         for corpora in settings["corpora"]:
-            llm.reset_prefix_cache()
-            results[str(corpora)] = work.measure(corpora, fill=prefix_caching and text_tokens > 0)
+            results[str(corpora)] = work.measure(corpora, fill=prefix_caching)
     return results
 
 
@@ -125,6 +129,7 @@ class _Work:
     def __init__(self, llm: Any, settings: Settings, text_tokens: int, cartridge_tokens: int) -> None:
         self.llm, self.settings = llm, settings
         self.text_tokens, self.cartridge_tokens = text_tokens, cartridge_tokens
+        self.context = text_tokens + cartridge_tokens
         self.random = random.Random(0)
         self.count = 0
         cache = llm.llm_engine.vllm_config.cache_config
@@ -137,19 +142,21 @@ class _Work:
 
     def measure(self, corpora: int, *, fill: bool) -> dict[str, Any]:
         self.run(corpora, concurrency=1, requests=2)  # what is compiled or allocated on first use
-        if fill:  # as many texts as the cache has room for
-            for index in range(min(corpora, self.capacity // self.text_tokens)):
-                self.run(corpora, concurrency=1, requests=1, corpus=index)
+        self.llm.reset_prefix_cache()
+        cold: list[float] = []
+        for index in range(min(corpora, self.capacity // self.context) if fill and self.context else 0):
+            # One token fills the cache as well as sixteen.
+            cold += self.run(corpora, concurrency=1, requests=1, corpus=index, answer_tokens=1)["first"]
         alone = self.run(corpora, concurrency=1, seconds=self.settings["seconds"] / 2)
         many = self.run(corpora, concurrency=self.settings["concurrency"], seconds=self.settings["seconds"])
-        context = self.text_tokens + self.cartridge_tokens
         return {
             "requests_per_second": many["requests"] / many["seconds"],
             "tokens_per_second": many["requests"] * self.settings["answer_tokens"] / many["seconds"],
             "time_to_first_token": statistics.median(alone["first"]),
+            **({"time_to_first_token_cold": statistics.median(cold), "filled": len(cold)} if cold else {}),
             "requests": alone["requests"] + many["requests"],
-            "kv_mb_per_corpus": context * self.bytes_per_token / 2**20,
-            "corpora_that_fit": self.capacity // context if context else None,
+            "kv_mb_per_corpus": self.context * self.bytes_per_token / 2**20,
+            "corpora_that_fit": self.capacity // self.context if self.context else None,
         }
 
     def run(
@@ -160,6 +167,7 @@ class _Work:
         requests: int | None = None,
         seconds: float | None = None,
         corpus: int | None = None,
+        answer_tokens: int | None = None,
     ) -> dict[str, Any]:
         """Keeps `concurrency` requests under way, for so many requests, or seconds and what is under way then."""
         engine, started, sent, first = self.llm.llm_engine, {}, 0, []
@@ -171,7 +179,8 @@ class _Work:
         done = 0
         while started or wanted():
             while len(started) < concurrency and wanted():
-                name = self._send(self.random.randrange(corpora) if corpus is None else corpus)
+                drawn = self.random.randrange(corpora) if corpus is None else corpus
+                name = self._send(drawn, answer_tokens or self.settings["answer_tokens"])
                 started[name] = [time.perf_counter(), False]
                 sent += 1
             for output in engine.step():
@@ -180,18 +189,20 @@ class _Work:
                     first.append(time.perf_counter() - started[name][0])
                     started[name][1] = True
                 if output.finished:
+                    if output.outputs[0].finish_reason == "error":
+                        raise RuntimeError(f"Request {name} failed: the engine's log says why.")
                     del started[name]
                     done += 1
         return {"requests": done, "seconds": time.perf_counter() - begin, "first": first}
 
-    def _send(self, corpus: int) -> str:
+    def _send(self, corpus: int, answer_tokens: int) -> str:
         from vllm import SamplingParams
         from vllm.inputs import tokens_input
 
         from peft_cartridges.serving.engine_requests import behind_cartridge, cache_salt
 
         question = [self.random.randrange(1000, 20_000) for _ in range(self.settings["question_tokens"])]
-        params = SamplingParams(temperature=0, max_tokens=self.settings["answer_tokens"], ignore_eos=True)
+        params = SamplingParams(temperature=0, max_tokens=answer_tokens, ignore_eos=True)
         prompt: Any = tokens_input(question)
         if self.text_tokens:
             words = random.Random(corpus)
@@ -231,7 +242,10 @@ def main() -> None:
     for corpora in map(str, args.corpora):
         for system in args.systems:
             rounds = [one.get(corpora, one) for one in measured[system]]
-            numbers = ["requests_per_second", "tokens_per_second", "time_to_first_token", "kv_mb_per_corpus"]
+            numbers = [
+                *("requests_per_second", "tokens_per_second", "time_to_first_token", "time_to_first_token_cold"),
+                "kv_mb_per_corpus",
+            ]
             rows.append(
                 [
                     corpora,
@@ -240,7 +254,8 @@ def main() -> None:
                     spread(rounds, "requests_per_second"),
                 ]
             )
-    print_table(["texts", "system", "requests/s", "tokens/s", "first token, s", "KV, MB a text", "spread"], rows)
+    header = ["texts", "system", "requests/s", "tokens/s", "first token, s", "cold, s", "KV, MB a text", "spread"]
+    print_table(header, rows)
     save(args, "serving", measured)
 
 

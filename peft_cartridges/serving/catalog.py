@@ -157,7 +157,15 @@ class Catalog:
 
     # -- change ------------------------------------------------------------------------------------------------------
 
-    def load(self, name: str, source: str, *, revision: str | None = None, replace: bool = False) -> Entry:
+    def load(
+        self,
+        name: str,
+        source: str,
+        *,
+        revision: str | None = None,
+        replace: bool = False,
+        abandoned: threading.Event | None = None,
+    ) -> Entry:
         """Fetches, checks and names a cartridge.
 
         Args:
@@ -165,8 +173,10 @@ class Catalog:
             source: Its folder, or its name on the Hub.
             revision: Branch, tag or commit on the Hub.
             replace: Whether a cartridge of this name may give way. Requests on the way keep the old one.
+            abandoned: Set by who does not wait any longer: then nothing changes.
 
         Raises:
+            TimeoutError: it was abandoned.
             ValueError: the name, the files, the base model or a limit; the message says which.
             FileNotFoundError, HubError: there is no such cartridge.
         """
@@ -187,6 +197,9 @@ class Catalog:
             () if gate is None else (gate,),
         )  # fmt: skip
         with self._lock:
+            if abandoned is not None and abandoned.is_set():
+                self._discard(entry)
+                raise TimeoutError(f"{source!r} took too long to load.")
             if not replace and name in self._entries:
                 raise ValueError(f"There is a cartridge {name!r} already.")
             old = self._entries.pop(name, None)

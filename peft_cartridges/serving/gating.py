@@ -1,4 +1,4 @@
-"""The gate of a server: requests to a cartridge that are not about its text go to the base model.
+"""The gate in front of an engine: requests to a cartridge that are not about its text go to the base model.
 
 Gates read words only, so this stands in front of any engine, before a request is put into tokens, and needs no model.
 """
@@ -6,7 +6,7 @@ Gates read words only, so this stands in front of any engine, before a request i
 from __future__ import annotations
 
 import json
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
 from ..gate import Request, any_accepts
@@ -73,18 +73,25 @@ class GateMiddleware:
             entry = self.catalog.find(name, allowed_names())
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             return body, None
-        asked = _requests_of(request)
-        if entry is None or not entry.gates or not asked:
+        decision = None if entry is None else decide(entry, requests_of(request))
+        if entry is None or decision is None:
             return body, None
-        accepted = any(any_accepts(entry.gates, one) for one in asked)
-        decision = "accepted" if accepted else "rejected"
-        entry.decisions[decision] += 1
         if self.count is not None:
             self.count(entry, decision)
-        return (body if accepted else json.dumps({**request, "model": self.base_name}).encode()), decision
+        return (json.dumps({**request, "model": self.base_name}).encode() if decision == "rejected" else body), decision
 
 
-def _requests_of(body: Mapping[str, Any]) -> list[Request]:
+def decide(entry: Entry, asked: Sequence[Request]) -> str | None:
+    """What a cartridge's gate says of a request in one or several texts, of which any may be about the cartridge's:
+    `accepted` or `rejected`, which is counted; None where there is no gate, or no text."""
+    if not entry.gates or not asked:
+        return None
+    decision = "accepted" if any(any_accepts(entry.gates, one) for one in asked) else "rejected"
+    entry.decisions[decision] += 1
+    return decision
+
+
+def requests_of(body: Mapping[str, Any]) -> list[Request]:
     """What a request to one of `PATHS` asks, as far as it is text: a conversation, or texts, of which any may be about the
     cartridge's; none where that cannot be told (token ids)."""
     given = body.get("messages", body.get("input", body.get("prompt")))

@@ -10,6 +10,7 @@ import asyncio
 import os
 import secrets
 import tempfile
+import threading
 from argparse import Namespace
 from collections.abc import AsyncGenerator, Sequence
 from pathlib import Path
@@ -312,12 +313,15 @@ def _add_routes(app: FastAPI, engine: CartridgeEngine, settings: ServerSettings)
 async def _load(engine: CartridgeEngine, sources: Sources, body: LoadCartridgeRequest) -> dict[str, Any]:
     path, revision = split_revision(body.cartridge_path)
     sources.check(path)
+    options: dict[str, Any] = {"revision": revision, "replace": body.load_inplace}
+    abandoned = threading.Event()
     work = asyncio.create_task(
-        asyncio.to_thread(engine.catalog.load, body.cartridge_name, path, revision=revision, replace=body.load_inplace)
+        asyncio.to_thread(engine.catalog.load, body.cartridge_name, path, abandoned=abandoned, **options)
     )
     done, _ = await asyncio.wait({work}, timeout=engine.catalog.limits.seconds)
     if not done:
-        work.add_done_callback(lambda late: _give_up(engine.catalog, late))
+        abandoned.set()
+        work.add_done_callback(lambda late: late.exception())  # asyncio complains of those that nobody looked at
         raise TimeoutError(f"{body.cartridge_path!r} took longer than {engine.catalog.limits.seconds} s to load.")
     entry = work.result()
     try:
@@ -327,11 +331,6 @@ async def _load(engine: CartridgeEngine, sources: Sources, body: LoadCartridgeRe
         raise
     logger.info("Loaded cartridge %r from %s", entry.name, entry.source)
     return entry.describe()
-
-
-def _give_up(catalog: Catalog, late: asyncio.Task[Entry]) -> None:
-    if not late.exception():
-        catalog.unload(late.result().name)
 
 
 async def _unload(catalog: Catalog, name: str) -> dict[str, Any]:

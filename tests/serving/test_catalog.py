@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 
 import pytest
@@ -101,6 +102,17 @@ def test_replacing(catalog: Catalog, folder: Path) -> None:
     again = catalog.find("a+b")
     assert new.stored.num_tokens == 40 and again is not None and again.stored.digest != joined.stored.digest
     assert old.stored.digest not in files(catalog)
+
+
+def test_a_load_that_nobody_waits_for_changes_nothing(catalog: Catalog, folder: Path) -> None:
+    before, abandoned = files(catalog), threading.Event()
+    assert catalog.load("a", str(folder / "a"), replace=True, abandoned=abandoned).name == "a"
+    entries = catalog.entries()
+    abandoned.set()
+    new = save_cartridge(folder / "new", tiny_model("llama", **SHAPES["llama"]), 33, seed=33, base=str(folder / "base"))
+    with pytest.raises(TimeoutError):
+        catalog.load("a", str(new), replace=True, abandoned=abandoned)
+    assert catalog.entries() == entries and files(catalog) == before
 
 
 def test_what_cannot_be_served(catalog: Catalog, folder: Path, tmp_path_factory: pytest.TempPathFactory) -> None:

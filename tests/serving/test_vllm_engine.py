@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ pytest.importorskip("vllm", reason="vLLM is not installed (it needs an environme
 from vllm import SamplingParams
 from vllm.exceptions import VLLMValidationError
 
+from peft_cartridges import Gate
 from peft_cartridges.adapter_folder import read_cartridge, write_cartridge
 from peft_cartridges.composition import NamedCartridge, join_cartridges
 from peft_cartridges.serving import CartridgeLLM
@@ -157,9 +160,47 @@ def test_chat_has_the_same_ids_as_the_tokenizer(llama: Setup) -> None:
     assert list(output.outputs[0].token_ids) == answers(llama.model(), llama.folders["c64"], ids, STEPS)[0]
 
 
+def test_what_the_gate_rejects_is_answered_by_the_base(llama: Setup, tmp_path: Path) -> None:
+    """In a batch with others, each behind its own chat template; `lora_request` names what answered."""
+    folder = save_cartridge(tmp_path / "gated", llama.model(), 50, seed=50, base=llama.llm.cartridges.base.name)
+    Gate.make("what is the sea ? the sea , the sea .", tiny_tokenizer()).save_pretrained(folder)
+    entry = llama.llm.cartridges.load("gated", str(folder))
+    entry.chat_template = "{% for message in messages %}{{ message.content }} {% endfor %}"
+    about, other = "what is the sea ?", "write a haiku now"
+    own = {text: tiny_tokenizer()(f"{text} ", add_special_tokens=False)["input_ids"] for text in (about, other)}
+
+    def chat(**options: Any) -> list[Any]:
+        conversations = [[{"role": "user", "content": text}] for text in (other, about, about)]
+        return llama.llm.chat(
+            conversations, [GREEDY] * 3, cartridge=["gated", "c64", "gated"], use_tqdm=False, **options
+        )
+
+    def answered(output: Any, path: Path | None, name: str | None) -> None:
+        assert (output.lora_request.lora_name if output.lora_request else None) == name
+        assert list(output.outputs[0].token_ids) == answers(llama.model(), path, output.prompt_token_ids, STEPS)[0]
+
+    rejected, ungated, accepted = chat()
+    answered(rejected, None, None)
+    answered(ungated, llama.folders["c64"], "c64")
+    answered(accepted, folder, "gated")
+    assert accepted.prompt_token_ids == own[about] and rejected.prompt_token_ids != own[other]
+    assert entry.decisions == {"accepted": 1, "rejected": 1}
+    regardless, *_ = chat(gate=False)
+    answered(regardless, folder, "gated")
+    assert regardless.prompt_token_ids == own[other]
+    prompts = [other, {"prompt": about}, {"prompt_token_ids": own[other]}]  # token ids say nothing to a gate
+    outputs = llama.llm.generate(prompts, GREEDY, cartridge="gated", use_tqdm=False)
+    for output, path in zip(outputs, (None, folder, folder), strict=True):
+        answered(output, path, path and "gated")
+    assert entry.decisions == {"accepted": 2, "rejected": 2}
+    llama.llm.cartridges.unload("gated")
+
+
 def test_refused_before_the_engine_hears_of_it(llama: Setup) -> None:
     with pytest.raises(ValueError, match=r"no cartridge 'other'. There are: c5, c37"):
         llama.generate([("other", PROMPTS[0])], GREEDY)
+    with pytest.raises(ValueError, match="has 1 names for 2 requests"):
+        llama.llm.generate(["the", "sea"], GREEDY, cartridge=["c64"])
     with pytest.raises(VLLMValidationError, match="has 200 tokens and cartridge 'c64' 64"):
         llama.generate([("c64", token_ids(200).tolist())], GREEDY)
     with pytest.raises(VLLMValidationError, match="Log-probabilities of the prompt"):
@@ -202,6 +243,22 @@ def test_a_file_that_is_damaged_under_the_engine_fails_its_requests_only(llama: 
     assert list(late.outputs[0].token_ids) == answers(llama.model(), folder, PROMPTS[1], STEPS)[0]
 
 
+def test_a_vllm_that_is_too_old_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And a newer one than was tested is warned of."""
+    spec = importlib.util.find_spec("peft_cartridges.serving.connector")
+    assert spec is not None and spec.loader is not None
+    monkeypatch.setattr("vllm.__version__", "0.31.9+cpu")
+    with pytest.raises(ImportError, match=r"need vLLM 0\.32 or newer, and this is 0\.31\.9.*pip install"):
+        spec.loader.exec_module(importlib.util.module_from_spec(spec))
+    monkeypatch.setattr("vllm.__version__", "0.33.0")
+    warned: list[str] = []
+    monkeypatch.setattr("logging.Logger.warning", lambda self, text, *args: warned.append(text % args))
+    again = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, again)  # dataclasses look their module up
+    spec.loader.exec_module(again)
+    assert len(warned) == 1 and "tested with vLLM 0.32, not with 0.33.0" in warned[0]
+
+
 def test_sliding_windows_and_chunked_prefill(gemma: Setup) -> None:  # house-ok: `check` asserts
     gemma.check(everything(gemma))
 
@@ -217,11 +274,22 @@ def test_preemption_and_eviction(gemma: Setup) -> None:
 
 
 # house-ok: `check` asserts
-def test_tensor_parallel_ranks_take_their_heads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "parallel",
+    [
+        {"tensor_parallel_size": 2},
+        # On CPU, vLLM's second stage needs a warm-up run, which it leaves out where nothing is traced.
+        {"pipeline_parallel_size": 2, "enforce_eager": False, "compilation_config": {"mode": 2, "backend": "eager"}},
+    ],
+    ids=["heads", "layers"],
+)
+def test_parallel_ranks_take_their_part(
+    parallel: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     if (os.cpu_count() or 1) < 2:
         pytest.skip("two ranks of vLLM on CPU want two cores")
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
-    setup = Setup(tmp_path, "llama", tensor_parallel_size=2, distributed_executor_backend="mp")
+    setup = Setup(tmp_path, "llama", distributed_executor_backend="mp", **parallel)
     try:
         setup.check(everything(setup))
     finally:

@@ -7,6 +7,7 @@ import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,9 +16,16 @@ pytest.importorskip("vllm", reason="vLLM is not installed (it needs an environme
 
 import httpx
 import openai
+from fastapi import FastAPI
 
 from peft_cartridges import Gate
 from peft_cartridges.adapter_folder import WEIGHTS_FILE
+from peft_cartridges.hub.card_facts import CardFacts, save_facts
+from peft_cartridges.serving import vllm_server
+from peft_cartridges.serving.base_model import BaseModelFacts
+from peft_cartridges.serving.catalog import Catalog, Limits, Sources
+from peft_cartridges.serving.settings import ServerSettings
+from peft_cartridges.serving.store import CartridgeStore
 from tests.serving.models import SHAPES, answers, save_base, save_cartridge
 from tests.serving.server import Server
 from tests.tiny_models import tiny_model, tiny_tokenizer, token_ids
@@ -27,6 +35,10 @@ LENGTHS = {"a": 37, "b": 64, "c": 100}
 ADMIN = "a-key-for-the-admin-only"
 MESSAGES = [{"role": "user", "content": "what is the sea ?"}]
 TOKENIZER = tiny_tokenizer()
+OWN_TEMPLATE = TOKENIZER.chat_template  # and with a default system prompt in front, as many models have one:
+TOKENIZER.chat_template = (
+    "{% if messages[0]['role'] != 'system' %}<system> w33 w44 w55 <end> {% endif %}" + TOKENIZER.chat_template
+)
 
 
 def words(ids: list[int]) -> str:
@@ -39,6 +51,7 @@ class World:
     def __init__(self, folder: Path) -> None:
         self.folder, self.base = folder, folder / "base"
         save_base(self.base)
+        TOKENIZER.save_pretrained(self.base)
         self.cartridges = {
             name: save_cartridge(folder / name, self.model(), length, seed=length, base=str(self.base))
             for name, length in LENGTHS.items()
@@ -102,7 +115,7 @@ def test_answers_are_those_of_transformers(world: World, model: str) -> None:
     tokens, logprobs = world.expected(model)
     answer = world.ask(model, logprobs=True, top_logprobs=1)
     assert (answer.model, answer.choices[0].message.content) == (model, words(tokens))
-    assert answer.usage.prompt_tokens == 8
+    assert answer.usage.prompt_tokens == 13
     found = [one.logprob for one in answer.choices[0].logprobs.content]
     expected = [float(logprobs[step, token]) for step, token in enumerate(tokens)]
     assert found == pytest.approx(expected[: len(found)], abs=2e-4)
@@ -198,6 +211,19 @@ def test_load_and_unload(world: World, tmp_path: Path) -> None:
     del world.cartridges["late"]
 
 
+def test_a_cartridge_is_asked_with_the_template_that_it_was_trained_with(world: World) -> None:
+    folder = save_cartridge(world.folder / "allowed" / "bare", world.model(), 50, seed=50, base=str(world.base))
+    save_facts(CardFacts(recipe={"default_system_prompt": False}), folder)
+    assert world.administer("load", cartridge_name="bare", cartridge_path=str(folder)).status_code == 200
+    ids = TOKENIZER.apply_chat_template(
+        MESSAGES, add_generation_prompt=True, return_dict=True, chat_template=OWN_TEMPLATE
+    )["input_ids"]
+    answer = world.ask("bare")
+    assert answer.usage.prompt_tokens == len(ids) == 8
+    assert answer.choices[0].message.content == words(answers(world.model(), folder, ids, STEPS)[0])
+    assert world.administer("unload", cartridge_name="bare").status_code == 200
+
+
 def test_what_the_gate_rejects_is_answered_by_the_base(world: World) -> None:
     folder = save_cartridge(world.folder / "allowed" / "gated", world.model(), 50, seed=50, base=str(world.base))
     Gate.make("what is the sea ? the sea , the sea .", TOKENIZER).save_pretrained(folder)
@@ -261,6 +287,45 @@ def test_what_must_not_be_loaded(world: World) -> None:
     for path in fill[:3]:
         assert world.administer("unload", cartridge_name=path.name).status_code == 200
     assert world.ask("a").choices[0].message.content == words(world.expected("a")[0])
+
+
+def test_a_load_that_takes_too_long_changes_nothing(tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    save_base(base)
+    paths = [
+        save_cartridge(tmp_path / name, tiny_model("llama", **SHAPES["llama"]), 20 + seed, seed=seed, base=str(base))
+        for seed, name in enumerate(("old", "new"))
+    ]
+    catalog = Catalog(CartridgeStore(tmp_path / "store"), BaseModelFacts(str(base)), Limits(200, seconds=0.05))
+    old = catalog.load("handbook", str(paths[0]))
+    fetch = catalog._fetch
+
+    def slowly(*arguments: Any) -> Path:
+        time.sleep(0.5)
+        return fetch(*arguments)
+
+    catalog._fetch = slowly  # type: ignore[method-assign]
+    engine: Any = SimpleNamespace(catalog=catalog)
+    for name, in_place in (("handbook", True), ("late", False)):
+        body = vllm_server.LoadCartridgeRequest(
+            cartridge_name=name, cartridge_path=str(paths[1]), load_inplace=in_place
+        )
+        with pytest.raises(TimeoutError, match=r"took longer than 0\.05 s"):
+            asyncio.run(vllm_server._load(engine, Sources((tmp_path,)), body))  # waits for the thread, too
+        assert catalog.entries() == [old]
+    assert [path.stem for path in catalog.store.folder.iterdir()] == [old.stored.digest]
+
+
+def test_without_an_admins_key_nobody_loads() -> None:
+    def paths(settings: ServerSettings) -> set[str]:
+        app = FastAPI()
+        vllm_server._add_routes(app, SimpleNamespace(catalog=None), settings)  # type: ignore[arg-type]
+        return {path for route in app.routes if "cartridge" in (path := getattr(route, "path", ""))}
+
+    assert paths(ServerSettings("base")) == {"/v1/cartridges"}
+    assert paths(ServerSettings("base", admin_key=ADMIN)) == {
+        "/v1/cartridges", "/v1/load_cartridge", "/v1/unload_cartridge",
+    }  # fmt: skip
 
 
 def test_metrics(world: World) -> None:
