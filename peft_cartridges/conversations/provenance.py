@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 
 from ..corpus import Document
 from ..model_identity import public_name
@@ -165,12 +165,13 @@ def describe(dataset: Dataset, provenance: Mapping[str, Any]) -> Dataset:
 
 
 def _from_rows(dataset: Any) -> dict[str, Any]:
-    if "origin" not in (getattr(dataset, "column_names", None) or ()):
+    streamed = isinstance(dataset, IterableDataset) and dataset.column_names is None  # only its rows tell
+    if not streamed and "origin" not in (getattr(dataset, "column_names", None) or ()):
         return {}
     if hasattr(dataset, "data"):  # in memory or mapped from disk: all rows, without Python objects for each
         origins = dataset.select_columns("origin").with_format("arrow")[:]["origin"].unique().to_pylist()
     else:
-        origins = list(dict.fromkeys(row["origin"] for row in dataset.take(_ROWS_LOOKED_AT)))
+        origins = list(dict.fromkeys(row.get("origin") for row in dataset.take(_ROWS_LOOKED_AT)))
     found = [json.loads(origin) for origin in origins if origin]
     for name in ("model_fingerprint", "tokenizer_fingerprint"):
         if len(values := {one.get(name) for one in found}) > 1:

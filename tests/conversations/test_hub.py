@@ -129,6 +129,8 @@ def test_keys_servers_and_folders_stay_here(hub: LocalHub, tmp_path: Path, writt
     push_self_study(made, NAME)
     (tmp_path / "rows.parquet").write_bytes(hub.files(NAME)["data/train-00000-of-00001.parquet"])
     rows = load_self_study(tmp_path / "rows.parquet")
-    pushed = "".join(rows["origin"]) + "".join(hub.files(NAME)[name].decode() for name in ("README.md", "self_study.json"))
+    pushed = "".join(rows["origin"]) + "".join(
+        hub.files(NAME)[name].decode() for name in ("README.md", "self_study.json")
+    )
     assert not [word for word in ("sk-secret", "internal", "alice") if word in pushed]
     assert read_provenance(rows)["base_model"] == "small-llama" and rows.features == made.features
