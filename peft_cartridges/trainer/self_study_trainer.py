@@ -324,6 +324,8 @@ class SelfStudyTrainer(CheckpointingTrainer, PushingTrainer):
             )
         self._throughput.restart()
         output = super().train(resume_from_checkpoint, *args, **kwargs)
+        if self.study is not None:
+            self.study.drop_round()
         self.average.apply()
         return output
 
