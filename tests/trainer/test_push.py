@@ -229,7 +229,7 @@ def test_the_command_on_the_card_makes_such_a_run_and_tells_no_more(
     )  # fmt: skip
     trainer.evaluate()
     trainer.save_model()
-    written = (tmp_path / "run" / "README.md").read_text() + (tmp_path / "run" / "cartridge.json").read_text()
+    written = (tmp_path / "run" / "README.md").read_text()
     private = (TOKEN, "sk-secret", "internal", "alice", "merger", str(tmp_path), "train.py")
     assert not [word for word in private if word in written]
     (line,) = [line for line in written.splitlines() if line.startswith("cartridges train")]
