@@ -20,7 +20,7 @@ from ..corpus import as_documents
 from ..self_study import Engine, SelfStudySynthesizer, SynthesisConfig
 from ..self_study.sizes import default_conversations
 from .data_checks import ROWS_OF_A_STREAM, first_rows
-from .rounds import ConversationRounds
+from .rounds import ConversationRounds, size_of_rounds
 from .self_study_config import SelfStudyConfig
 
 # Trainer's pushes to the Hub leave out what begins with an underscore: the conversations hold the corpus's text.
@@ -162,8 +162,7 @@ class CorpusStudy:
 
     def _rounds(self, model: PeftModel, folder: Path) -> ConversationRounds:
         args = self.args
-        rows = args.resample_every * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-        general = min(round(rows * args.off_context_share), rows - 1)
+        rows, general, number_of_rounds = size_of_rounds(args)
         self.identity = {}
 
         def synthesize(number: int) -> Dataset:
@@ -177,7 +176,7 @@ class CorpusStudy:
             self.identity = read_provenance(dataset)
             return dataset
 
-        return ConversationRounds(synthesize, rows, -(-args.max_steps // args.resample_every), general)
+        return ConversationRounds(synthesize, rows, number_of_rounds, general)
 
 
 def text_of_contexts(dataset: Any) -> str | None:
