@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+from pathlib import PureWindowsPath
 from typing import Any
 
 from peft import PeftModel
@@ -39,3 +41,12 @@ def tokenizer_fingerprint(processing_class: Any) -> str:
     tokenizer = get_tokenizer(processing_class)
     content = json.dumps([sorted(tokenizer.get_vocab().items()), str(getattr(tokenizer, "chat_template", None))])
     return hashlib.sha256(content.encode()).hexdigest()
+
+
+def public_name(name: str) -> str:
+    """What a model may be called elsewhere: its name on the Hub or at a server; of a folder of this machine the last
+    part alone."""
+    is_path = name.startswith((".", "~")) or "\\" in name or name.count("/") > 1 or os.path.isabs(name)
+    if not (is_path or os.path.isdir(name)):
+        return name
+    return PureWindowsPath(os.path.abspath(os.path.expanduser(name))).name  # that kind knows both separators

@@ -55,7 +55,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             args = parser.parse_args(argv)
             module.run(args)
     except (ValueError, OSError, ImportError) as error:
-        print(f"cartridges {chosen}: error: {error}", file=sys.stderr)
+        reason = " ".join(str(error).split())  # other libraries' have paragraphs
+        print(f"cartridges {chosen}: error: {reason}", file=sys.stderr)
         return 1
     except KeyboardInterrupt as stop:
         print("; ".join(filter(None, (f"\ncartridges {chosen}: interrupted", str(stop)))), file=sys.stderr)

@@ -26,6 +26,7 @@ from ..self_study import EngineError, SynthesisConfig, estimate_run
 from ..self_study.engines import check_engines, make_engines
 from ..self_study.estimate import SynthesisEstimate
 from ..trainer import SelfStudyConfig, SelfStudyTrainer
+from ..trainer.rounds import size_of_rounds
 from ..trainer.run_identity import RUN_FILE, check_run
 from ..tuner import CartridgeConfig
 
@@ -334,6 +335,9 @@ def _prepare(args: argparse.Namespace, documents: list[Document], tokenizer: Any
         plural = "" if len(documents) == 1 else "s"
         _say(f"Corpus: {len(documents):,} document{plural}, {tokens:,} tokens")
         if not args.data.conversations:
+            if args.trainer.resample_every:
+                rows, general, _ = size_of_rounds(args.trainer)
+                settings = dataclasses.replace(settings, num_conversations=rows - general)
             estimate = estimate_run(settings, lengths, hidden_size=config.hidden_size)
             _say(f"To write: {_describe_writing(args.trainer, estimate)}")
     if not model.num_tokens:
@@ -356,6 +360,8 @@ def _describe_writing(args: SelfStudyConfig, estimate: SynthesisEstimate) -> str
     if args.max_steps == 0:
         return held_out if args.num_eval_conversations else "nothing (--steps 0 only initializes the cartridge)"
     said = str(estimate)
+    if args.resample_every:
+        said = f"{size_of_rounds(args)[2]:,} rounds (--resample-every), each of {said}"
     if args.budget is not None and args.num_conversations is None:
         said = f"as many as fit into --budget {args.budget}, which is measured when the run begins, and at most {said}"
     return f"{said}\n{held_out}" if args.num_eval_conversations else said

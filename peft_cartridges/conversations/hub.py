@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from ..hub_errors import HubError, hub_errors
 from .folder import MANIFEST
 from .loading import load_self_study
-from .provenance import read_report
+from .provenance import publishable, read_report
 from .report import format_report
 
 _SHARD_BYTES = 500_000_000
@@ -84,7 +84,7 @@ def make_dataset_card(dataset: Dataset, repo_id: str) -> str:
     Raises:
         ValueError: the data set carries no description of a run.
     """
-    description = read_report(dataset)
+    description = publishable(read_report(dataset))
     report = description["report"]
     return _metadata(description) + _CARD.format(
         corpus=description["corpus"]["name"],
@@ -125,14 +125,14 @@ def push_self_study(
         shards = max(1, -(-(dataset.data.nbytes) // _SHARD_BYTES))
         names = [f"data/train-{number:05d}-of-{shards:05d}.parquet" for number in range(shards)]
         operations: list[Any] = []
-        plain = dataset.with_format(None)
+        plain = _with_publishable_origins(dataset.with_format(None))
         for number, name in enumerate(tqdm(names, desc="Uploading", unit=" shards", delay=2)):
             with tempfile.NamedTemporaryFile(suffix=".parquet") as file:
                 plain.shard(shards, number, contiguous=True).to_parquet(file.name)
                 operation = CommitOperationAdd(path_in_repo=name, path_or_fileobj=file.name)
                 api.preupload_lfs_files(repo_id, [operation], repo_type="dataset", num_threads=1)
             operations.append(operation)
-        manifest = json.dumps(read_report(dataset), indent=2, ensure_ascii=False).encode()
+        manifest = json.dumps(publishable(read_report(dataset)), indent=2, ensure_ascii=False).encode()
         for name, content in ((MANIFEST, manifest), ("README.md", card.encode())):
             operations.append(CommitOperationAdd(path_in_repo=name, path_or_fileobj=content))
         there = api.dataset_info(repo_id).siblings or []
@@ -164,6 +164,17 @@ def fetch_self_study(repo_id: str, *, revision: str | None = None, token: str | 
     return Path(folder)
 
 
+def _with_publishable_origins(dataset: Dataset) -> Dataset:
+    if "origin" not in dataset.column_names:
+        return dataset
+    origins = dataset.select_columns("origin").with_format("arrow")[:]["origin"].to_pylist()
+    shown = {one: json.dumps(publishable(json.loads(one))) if one else one for one in dict.fromkeys(origins)}
+    if all(one == told for one, told in shown.items()):
+        return dataset
+    replaced = dataset.remove_columns("origin").add_column("origin", [shown[one] for one in origins])
+    return replaced.select_columns(dataset.column_names).cast(dataset.features)
+
+
 def _make_repository(api: Any, repo_id: str, private: bool) -> None:
     """Raises:
     HubError: a repository that is to be private is public.
@@ -186,6 +197,6 @@ def _metadata(description: Mapping[str, Any]) -> str:
     lines = ["---", "tags:", "- cartridges", "- self-study", "- context-distillation", "- synthetic"]
     lines += ["configs:", "- config_name: default", "  data_files:", "  - split: train", "    path: data/train-*"]
     model = description["base_model"]
-    if model.count("/") == 1 and not model.startswith((".", "/")):
+    if "/" in model:
         lines += ["base_model:", f"- {model}"]
     return "\n".join([*lines, "---", ""]) + "\n"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import warnings
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -120,14 +121,18 @@ def save_self_study(dataset: Dataset, output_dir: str | Path) -> Path:
     """Keeps a set (one that was filtered, selected or merged) as a folder that `load_self_study` reads.
 
     Raises:
-        ValueError: it is no conversation set, or `output_dir` holds one already.
+        ValueError: it is no conversation set or has no rows, or `output_dir` holds one already.
     """
     missing = [name for name in ("id", "input_ids", "completion_mask", "origin") if name not in dataset.column_names]
     if missing:
         raise ValueError(f"`dataset` is no conversation set: it lacks the columns {', '.join(missing)}.")
+    if not len(dataset):
+        raise ValueError("`dataset` has no rows: there is nothing to save.")
     folder = ConversationFolder(output_dir)
     if folder.manifest() is not None:
         raise ValueError(f"`output_dir` ({output_dir}) holds a conversation set already: give another folder.")
+    for stage in folder.stages():  # of a save that was stopped
+        shutil.rmtree(folder.path / stage)
     provenance = read_provenance(dataset)
     ids = hashlib.sha256(json.dumps(dataset["id"][:]).encode()).hexdigest()
     chosen = f"{len(dataset)} conversations of {provenance.get('address')} ({ids[:16]})"

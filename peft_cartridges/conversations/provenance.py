@@ -8,9 +8,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 
 from ..corpus import Document
+from ..model_identity import public_name
 
 # Of what `make_identity` gives: identities of two formats cannot be compared.
 FORMAT = 3
@@ -19,6 +20,8 @@ _PACKAGES = ("peft-cartridges", "torch", "transformers", "peft", "datasets", "vl
 # Stands in every row (`origin`), so that it survives Parquet, the Hub, merges and filters.
 _IN_EVERY_ROW = ("format", "address", "base_model", "model_fingerprint", "tokenizer_fingerprint")
 _ROWS_LOOKED_AT = 64
+# Settings that say where a set was made and by whose leave, and nothing of what is in it.
+_OF_THE_MACHINE = ("engine_options", "base_url")
 
 
 class CorpusDigest:
@@ -62,7 +65,7 @@ def make_identity(
     settings: Mapping[str, Any],
     content_settings: Iterable[str],
 ) -> dict[str, Any]:
-    """All that a set was made from, JSON-ready.
+    """All that a set was made from, JSON-ready, and nothing that is not for others, see `publishable`.
 
     Args:
         base_model: Name or path of the model that wrote it.
@@ -73,7 +76,7 @@ def make_identity(
         content_settings: Names of those that decide what the conversations say. The others (how many there are, how
             they are made, which targets they get) are kept, and are no part of the address.
     """
-    settings = json.loads(json.dumps(settings))
+    base_model, settings = public_name(base_model), json.loads(json.dumps(settings))
     decides = {
         "format": FORMAT,
         "model": model_fingerprint or base_model,
@@ -81,7 +84,7 @@ def make_identity(
         "corpus": corpus["sha256"],
         **{name: settings[name] for name in content_settings},
     }
-    return {
+    identity = {
         "format": FORMAT,
         "address": hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest(),
         "base_model": base_model,
@@ -92,6 +95,23 @@ def make_identity(
         "decided_by": decides,
         "versions": {name: found for name in _PACKAGES if (found := _version(name))},
     }
+    return publishable(identity)
+
+
+def publishable(provenance: Mapping[str, Any]) -> dict[str, Any]:
+    """A provenance without engines' options (which may hold keys), servers' addresses and folders of this machine."""
+    found = dict(provenance)
+    if found.get("base_model"):
+        found["base_model"] = public_name(found["base_model"])
+    if (decides := found.get("decided_by") or {}).get("model"):
+        found["decided_by"] = {**decides, "model": public_name(decides["model"])}
+    if settings := found.get("synthesis"):
+        found["synthesis"] = {name: value for name, value in settings.items() if name not in _OF_THE_MACHINE}
+        if settings.get("engine_model"):
+            found["synthesis"]["engine_model"] = public_name(settings["engine_model"])
+    if "merged_from" in found:
+        found["merged_from"] = [publishable(one) for one in found["merged_from"]]
+    return found
 
 
 def differences(here: Mapping[str, Any], there: Mapping[str, Any]) -> dict[str, str]:
@@ -145,12 +165,13 @@ def describe(dataset: Dataset, provenance: Mapping[str, Any]) -> Dataset:
 
 
 def _from_rows(dataset: Any) -> dict[str, Any]:
-    if "origin" not in (getattr(dataset, "column_names", None) or ()):
+    streamed = isinstance(dataset, IterableDataset) and dataset.column_names is None  # only its rows tell
+    if not streamed and "origin" not in (getattr(dataset, "column_names", None) or ()):
         return {}
     if hasattr(dataset, "data"):  # in memory or mapped from disk: all rows, without Python objects for each
         origins = dataset.select_columns("origin").with_format("arrow")[:]["origin"].unique().to_pylist()
     else:
-        origins = list(dict.fromkeys(row["origin"] for row in dataset.take(_ROWS_LOOKED_AT)))
+        origins = list(dict.fromkeys(row.get("origin") for row in dataset.take(_ROWS_LOOKED_AT)))
     found = [json.loads(origin) for origin in origins if origin]
     for name in ("model_fingerprint", "tokenizer_fingerprint"):
         if len(values := {one.get(name) for one in found}) > 1:

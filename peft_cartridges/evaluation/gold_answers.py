@@ -39,9 +39,8 @@ def gold_answer_nll(
     codec = ChatCodec.of(model, processing_class)
     preamble = [] if in_context else codec.preamble
     rows, lengths = [], []
-    for number, pair in enumerate(questions):
-        if not pair.get("question") or not pair.get("answer"):
-            raise ValueError(f"`questions[{number}]` needs a `question` and an `answer`, it has {sorted(pair)}.")
+    check_questions(questions)
+    for pair in questions:
         prompt, answer = codec.encode_exchange(pair["question"], pair["answer"])
         answer = codec.without_end(answer)
         rows.append(preamble + prompt + answer)
@@ -55,3 +54,12 @@ def gold_answer_nll(
         log_probs = head(hidden).float().log_softmax(-1)
         total -= log_probs.gather(-1, torch.tensor(row[-length:], device=log_probs.device)[:, None]).sum().item()
     return total / sum(lengths)
+
+
+def check_questions(questions: Sequence[dict[str, str]], name: str = "questions") -> None:
+    """Raises:
+    ValueError: a pair has no `question` or no `answer`.
+    """
+    for number, pair in enumerate(questions):
+        if not pair.get("question") or not pair.get("answer"):
+            raise ValueError(f"`{name}[{number}]` needs a `question` and an `answer`, it has {sorted(pair)}.")

@@ -97,6 +97,7 @@ class CardFacts:
         title: Heading of the card; made from the corpus's name where it is missing.
         repo_id: The cartridge's name on the Hub; set by `push_cartridge`.
         base_model, base_model_revision: The base model's name on the Hub, and the commit that was used.
+        base_model_license: What the base model's own card states, for people.
         base_identity: What a base model is checked against before the cartridge is loaded on it.
         corpus_name, corpus_tokens, corpus_sha256: The text that the cartridge stands in for. The text itself is never
             uploaded.
@@ -126,6 +127,7 @@ class CardFacts:
     repo_id: str | None = None
     base_model: str | None = None
     base_model_revision: str | None = None
+    base_model_license: str | None = None
     base_identity: BaseIdentity | None = None
     corpus_name: str | None = None
     corpus_tokens: int | None = None

@@ -139,7 +139,8 @@ def _overview(facts: CardFacts) -> str:
     rows: list[tuple[str, str]] = []
     if facts.base_model:
         revision = f" at revision `{_code(facts.base_model_revision)}`" if facts.base_model_revision else ""
-        rows.append(("Base model", _link(facts.base_model) + revision))
+        licence = f", under the licence `{_code(facts.base_model_license)}`" if facts.base_model_license else ""
+        rows.append(("Base model", _link(facts.base_model) + revision + licence))
     if facts.num_tokens:
         frozen = f", of which {facts.num_frozen_tokens} not trained" if facts.num_frozen_tokens else ""
         ratio = f" ({facts.corpus_tokens / facts.num_tokens:.1f} times shorter)" if facts.corpus_tokens else ""

@@ -20,7 +20,7 @@ from ..corpus import as_documents
 from ..self_study import Engine, SelfStudySynthesizer, SynthesisConfig
 from ..self_study.sizes import default_conversations
 from .data_checks import ROWS_OF_A_STREAM, first_rows
-from .rounds import ConversationRounds
+from .rounds import ConversationRounds, size_of_rounds
 from .self_study_config import SelfStudyConfig
 
 # Trainer's pushes to the Hub leave out what begins with an underscore: the conversations hold the corpus's text.
@@ -52,6 +52,7 @@ class CorpusStudy:
         self.identity: dict[str, Any] | None = None
         self.decided_by: dict[str, Any] = {}  # what decides the conversations, once they are checked or written
         self._engines: list[Engine] | None = None
+        self._round: Path | None = None
 
     @property
     def is_written(self) -> bool:
@@ -80,11 +81,16 @@ class CorpusStudy:
         """
         synthesizer, folder = self._prepare(model)
         if self.args.resample_every:
-            return self._rounds(model)
+            return self._rounds(model, folder)
         dataset = synthesizer.synthesize(self.documents, output_dir=folder, corpus_name=self.name)
         self.identity = read_provenance(dataset)
         self._engines = None  # nothing is written any more
         return dataset
+
+    def drop_round(self) -> None:
+        """Takes away the round that was written last (`resample_every`): it has been used."""
+        if self.args.should_save and self._round is not None:
+            shutil.rmtree(self._round, ignore_errors=True)
 
     def write_held_out(self, model: PeftModel) -> Dataset:
         """Conversations to evaluate on: other questions than `write` gives, and no recitations, which any cartridge that
@@ -154,25 +160,23 @@ class CorpusStudy:
     def _folder(self) -> Path:
         return Path(self.args.output_dir or ".") / CONVERSATIONS_DIR
 
-    def _rounds(self, model: PeftModel) -> ConversationRounds:
+    def _rounds(self, model: PeftModel, folder: Path) -> ConversationRounds:
         args = self.args
-        rows = args.resample_every * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-        general = min(round(rows * args.off_context_share), rows - 1)
+        rows, general, number_of_rounds = size_of_rounds(args)
         self.identity = {}
 
         def synthesize(number: int) -> Dataset:
             settings = SynthesisConfig.from_args(
                 args, num_conversations=rows - general, synthesis_seed=args.synthesis_seed + 1_000_003 * number
             )
-            if args.should_save and number:  # the round before has been used
-                shutil.rmtree(self._folder / f"round-{number - 1}", ignore_errors=True)
+            self.drop_round()
             synthesizer = self._synthesizer(model, settings)
-            folder = self._folder / f"round-{number}"
-            dataset = synthesizer.synthesize(self.documents, output_dir=folder, corpus_name=self.name)
+            self._round = folder.with_name(f"{folder.name}-round-{number}")
+            dataset = synthesizer.synthesize(self.documents, output_dir=self._round, corpus_name=self.name)
             self.identity = read_provenance(dataset)
             return dataset
 
-        return ConversationRounds(synthesize, rows, -(-args.max_steps // args.resample_every), general)
+        return ConversationRounds(synthesize, rows, number_of_rounds, general)
 
 
 def text_of_contexts(dataset: Any) -> str | None:

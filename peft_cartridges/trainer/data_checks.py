@@ -41,6 +41,18 @@ def _is_about_a_text(row: dict[str, Any]) -> bool:
     return "context" not in row or bool(row["context"])
 
 
+def check_kind(dataset: Any) -> None:
+    """Raises:
+    TypeError: `train_dataset` is no data set; the message says how to make it one.
+    """
+    if isinstance(dataset, str):
+        raise TypeError("`train_dataset` is a text: pass `Dataset.from_dict({'text': [text]})`.")
+    if isinstance(dataset, dict):
+        raise TypeError(
+            f"`train_dataset` is a {type(dataset).__name__} of {', '.join(map(repr, dataset))}: pass one of its data sets."
+        )
+
+
 def is_corpus(dataset: Any) -> bool:
     """Whether a data set is texts to write conversations about, and not conversations."""
     if dataset is None:

@@ -61,6 +61,12 @@ class ConversationRounds(TorchDataset[dict[str, Any]]):
         return self._rows[kept[(row - first if kept is general else row) % len(kept)]]
 
 
+def size_of_rounds(args: Any) -> tuple[int, int, int]:
+    """Of a run with `resample_every`: rows of a round, how many of them are general conversations, and rounds."""
+    rows = args.resample_every * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    return rows, min(round(rows * args.off_context_share), rows - 1), -(-args.max_steps // args.resample_every)
+
+
 class RoundOrder(Sampler[int]):
     """Round after round, shuffled within each by its seed, general conversations evenly among the others."""
 

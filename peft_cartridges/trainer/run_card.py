@@ -6,9 +6,7 @@ import dataclasses
 import hashlib
 import math
 import os
-import re
 import shlex
-import sys
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +22,7 @@ from ..hub.card_facts import gate_facts
 from ..hub.memory_figure import add_memory_figure
 from ..hub.model_card import is_edited
 from ..hub.push import complete_facts, state_bytes
+from ..model_identity import public_name
 from .training_curve import FILE_NAME
 
 if TYPE_CHECKING:
@@ -34,6 +33,7 @@ _RECIPE = (
     "key_learning_rate", "value_learning_rate", "lr_scheduler_type", "warmup_steps", "max_grad_norm", "ema_decay",
     "off_context_share", "budget", "per_device_train_batch_size", "gradient_accumulation_steps", "adam_beta1", "adam_beta2", "seed",
 )  # fmt: skip
+_LENGTH = ("max_steps", "num_train_epochs", "num_conversations", "num_eval_conversations", "initialization")
 _SYNTHESIS = (
     "seed_types", "recitation_share", "conversations_per_chunk", "min_chunk_tokens", "max_chunk_tokens", "num_rounds",
     "question_temperature", "answer_temperature", "teacher_targets", "thoughts",
@@ -63,7 +63,7 @@ def write_run_card(trainer: SelfStudyTrainer, folder: str, **changes: Any) -> No
     model = trainer.accelerator.unwrap_model(trainer.model)
     facts = complete_facts(dataclasses.replace(_facts(trainer, folder), **changes), config, prefix, model)
     for name in (config.base_model_name_or_path, facts.base_model):
-        facts.license = facts.license or read_base_license(name, facts.base_model_revision)
+        facts.base_model_license = facts.base_model_license or read_base_license(name, facts.base_model_revision)
     if facts.corpus_tokens and facts.kv_bytes and config.num_tokens:
         states = state_bytes(prefix)  # of one size, however long the text is
         facts.in_context_kv_bytes = states + (facts.kv_bytes - states) // config.num_tokens * facts.corpus_tokens
@@ -129,7 +129,7 @@ def _metrics(trainer: SelfStudyTrainer) -> list[Metric]:
             round(float(found[name]), 4),
             dataset=dataset,
             type=name.removeprefix("eval_"),
-            command=_command(),
+            command=_command(trainer),
             note=note if name == "eval_gold_nll" else None,
         )
         for name, (label, dataset) in _METRICS.items()
@@ -138,15 +138,24 @@ def _metrics(trainer: SelfStudyTrainer) -> list[Metric]:
     ]
 
 
-def _command() -> str | None:
-    """The script that runs, without folders that mean nothing elsewhere, and without tokens and keys."""
-    if not sys.argv[0].endswith(".py"):
-        return None
-    words: list[str] = []
-    previous_is_secret = False
-    for word in sys.argv:
-        option = re.fullmatch(r"--[\w-]*(token|api[_-]key|secret|password)(=.*)?", word)
-        if not previous_is_secret and not option:
-            words.append(Path(word).name if os.path.isabs(word) else word)
-        previous_is_secret = option is not None and option[2] is None
-    return shlex.join(["python", *words])
+def _command(trainer: SelfStudyTrainer) -> str:
+    """The call of `cartridges train` that such a run takes: what was set of `_RECIPE`, `_SYNTHESIS` and the run's
+    length, and names instead of paths; of nothing else, since settings may hold keys, addresses and texts."""
+    args: Any = trainer.args
+    model: Any = trainer.accelerator.unwrap_model(trainer.model)
+    corpus = (trainer.study.identity if trainer.study is not None else None) or read_provenance(trainer.train_dataset)
+    name = Path(corpus.get("corpus", {}).get("name") or "").name
+    sources = [f"hf://datasets/{one}" for one in trainer.hub_datasets] or [name if Path(name).suffix else "CORPUS"]
+    words = ["cartridges", "train", *sources]
+    base = args.finetuned_from or model.active_peft_config.base_model_name_or_path
+    words += ["--model", public_name(base) if base else "MODEL"]
+    words += ["--num-tokens", str(model.active_peft_config.num_tokens)]
+    words += ["--output-dir", Path(os.path.abspath(args.output_dir or ".")).name]
+    for field in dataclasses.fields(args):
+        factory = field.default_factory
+        default = field.default if factory is dataclasses.MISSING else factory()
+        value, shown = getattr(args, field.name), field.name in {*_RECIPE, *_SYNTHESIS, *_LENGTH}
+        if shown and value is not None and value != default:
+            values = value if isinstance(value, list) else [getattr(value, "value", value)]
+            words += [f"--{field.name.replace('_', '-')}", *map(str, values)]
+    return shlex.join([*words, *(["--gold-questions", "QUESTIONS"] if trainer.has_gold_questions else [])])

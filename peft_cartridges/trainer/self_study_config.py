@@ -286,7 +286,7 @@ class SelfStudyConfig(SynthesisConfig, _BaseConfig):
         default=None,
         metadata={
             "help": "Licence of the cartridge, as the Hub writes it (`cc-by-4.0`): it holds what the corpus says. By "
-            "default the base model's, where its card is at hand."
+            "default the card states none."
         },
     )
     language: list[str] | None = field(default=None, metadata={"help": "Languages of the corpus (`en`)."})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -14,9 +15,10 @@ from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.data import SequentialSampler
 from transformers import PreTrainedModel, TrainerCallback
-from transformers.trainer_utils import EvalLoopOutput, EvalPrediction, TrainOutput
+from transformers.trainer_utils import EvalLoopOutput, EvalPrediction, TrainOutput, get_last_checkpoint
 
 from ..chat import ChatCodec, get_tokenizer, with_cartridge_chat_template
+from ..evaluation.gold_answers import check_questions
 from ..hidden_states import OutputHead, forward_hidden_states
 from ..hub.base_model import identify_base_model
 from ..initialization import initialize_cartridge, needs_text
@@ -27,7 +29,7 @@ from .budget import RunBudget
 from .cartridge_parameters import MovingAverage, parameter_groups, sample_values
 from .checkpoints import CheckpointingTrainer
 from .corpus_study import CorpusStudy, count_tokens, find_hub_datasets, text_of_contexts
-from .data_checks import check_data, is_corpus
+from .data_checks import check_data, check_kind, is_corpus
 from .gap_evaluation import GapEvaluation
 from .model_preparation import (
     add_cartridge,
@@ -96,6 +98,7 @@ class SelfStudyTrainer(CheckpointingTrainer, PushingTrainer):
     ```
 
     Raises:
+        TypeError: `train_dataset` is a text or several data sets.
         ValueError: the model has no cartridge and none is configured; a data set lacks its columns or was made with
             another model or tokenizer; settings do not go together; or the base model has no name on the Hub, with
             `push_to_hub=True`.
@@ -146,6 +149,11 @@ class SelfStudyTrainer(CheckpointingTrainer, PushingTrainer):
         if not args.default_system_prompt:
             processing_class = with_cartridge_chat_template(processing_class)
 
+        check_kind(train_dataset)
+        if gold_questions is not None:
+            gold_questions = [dict(pair) for pair in gold_questions]
+            check_questions(gold_questions, "gold_questions")
+        self.has_gold_questions = bool(gold_questions)
         self.study = None
         if is_corpus(train_dataset):
             self.study = CorpusStudy(train_dataset, args, plain_processing_class, off_context_dataset)
@@ -215,7 +223,7 @@ class SelfStudyTrainer(CheckpointingTrainer, PushingTrainer):
         self._gap = GapEvaluation(
             peft_model,
             processing_class,
-            None if gold_questions is None else [dict(pair) for pair in gold_questions],
+            gold_questions,
             self.corpus,
             batch_size=args.per_device_eval_batch_size,
             without_context=plain_processing_class,
@@ -285,7 +293,8 @@ class SelfStudyTrainer(CheckpointingTrainer, PushingTrainer):
         checkpoint that has all of its steps is only loaded.
 
         Raises:
-            ValueError: it is to carry on a run of something else, see `check_run`, or one without steps.
+            ValueError: `output_dir` holds checkpoints of a run of something else, see `check_run`; or a run without steps
+                is to be carried on.
             TrainingDivergedError: the loss or a gradient is NaN or infinite.
         """
         if self.args.max_steps == 0:
@@ -296,8 +305,10 @@ class SelfStudyTrainer(CheckpointingTrainer, PushingTrainer):
             return TrainOutput(0, 0.0, {})
         if self.study is not None and not self.study.is_written:
             self.study.check(cast(PeftModel, self.model))
-        if resume_from_checkpoint:  # it brings its cartridge along
+        folder = self.args.output_dir or "."
+        if resume_from_checkpoint or (os.path.isdir(folder) and get_last_checkpoint(folder)):
             check_run(self)
+        if resume_from_checkpoint:  # it brings its cartridge along
             self._noise = None
         self.initialize_cartridge()
         if self.args.padding_free:
@@ -313,6 +324,8 @@ class SelfStudyTrainer(CheckpointingTrainer, PushingTrainer):
             )
         self._throughput.restart()
         output = super().train(resume_from_checkpoint, *args, **kwargs)
+        if self.study is not None:
+            self.study.drop_round()
         self.average.apply()
         return output
 
@@ -397,8 +410,20 @@ class SelfStudyTrainer(CheckpointingTrainer, PushingTrainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
-        """As `Trainer.evaluate`, with the shares of the gap closed; works with `gold_questions` alone too."""
+        """As `Trainer.evaluate`, with the shares of the gap closed; works with `gold_questions` alone too. Held-out
+        conversations (`num_eval_conversations`) are written first, if they are not there.
+
+        Raises:
+            ValueError: there is nothing to measure on.
+        """
         self.initialize_cartridge()
+        if eval_dataset is None:
+            self._write_held_out()
+            if not (self.eval_dataset or self.has_gold_questions):
+                raise ValueError(
+                    "There is nothing to measure on: pass an `eval_dataset`, `gold_questions`, or a corpus with "
+                    "`num_eval_conversations`."
+                )
         with self.average.applied():
             if eval_dataset is not None or self.eval_dataset:
                 return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)

@@ -71,3 +71,9 @@ def test_errors_are_one_line(base: str, options: list[str], message: str, capsys
     assert main(["cost", "--model", base, *options]) == 1
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("cartridges cost: error: ") and message in error
+
+
+def test_a_model_that_is_nowhere_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["cost", "--model", "no-such-model", "--text-tokens", "1000"]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("cartridges cost: error: ") and said.count("\n") == 1

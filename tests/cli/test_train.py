@@ -183,6 +183,23 @@ def test_what_a_budget_writes_is_said_as_a_limit(folder: Path, capsys: pytest.Ca
     assert "To write: 16 conversations (" in capsys.readouterr().err, "what is given stands"
 
 
+def test_rounds_are_estimated_as_they_are_written(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = [
+        "--resample-every",
+        "2",
+        "--steps",
+        "5",
+        "--per-device-train-batch-size",
+        "10",
+        "--off-context-share",
+        "0.1",
+    ]
+    assert _train(folder, "--estimate", *SYNTHESIS, *options) == 0
+    said = capsys.readouterr().err
+    assert "To write: 3 rounds (--resample-every), each of 18 conversations (" in said
+    assert "\n2 general conversations beside them" in said
+
+
 def test_without_a_length_it_is_a_tenth_of_the_text(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     place = ["--model", str(folder / "model"), "--use-cpu", "--steps", "0"]
     assert main(["train", str(folder / "corpus.md"), *place, "--output-dir", str(folder / "out"), *SYNTHESIS]) == 0

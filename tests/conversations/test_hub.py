@@ -9,11 +9,19 @@ from pathlib import Path
 import pytest
 from datasets import Dataset, load_dataset
 
-from peft_cartridges import HubError, load_self_study
-from peft_cartridges.conversations import make_dataset_card, merge_self_study, push_self_study, read_report
+from peft_cartridges import HubError, SelfStudySynthesizer, load_self_study
+from peft_cartridges.conversations import (
+    make_dataset_card,
+    merge_self_study,
+    push_self_study,
+    read_provenance,
+    read_report,
+)
+from peft_cartridges.conversations.provenance import describe
 from tests.hub.conftest import hub  # noqa: F401 (a fixture)
 from tests.hub.local_hub import LocalHub
 from tests.self_study import runs
+from tests.tiny_models import tiny_model, tiny_tokenizer
 
 NAME = "user/log-conversations"
 
@@ -101,3 +109,28 @@ def test_other_data_sets_have_no_card(folder: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         assert len(merge_self_study([load_self_study(folder)])) == 8
+
+
+@pytest.mark.parametrize("written_by", ["us", "hand"])
+def test_keys_servers_and_folders_stay_here(hub: LocalHub, tmp_path: Path, written_by: str) -> None:  # noqa: F811
+    private = {"engine_options": {"api_key": "sk-secret"}, "base_url": ["http://me:pw@internal:8000/v1"]}
+    model, home = tiny_model(), "/home/alice/models/small-llama"
+    model.config._name_or_path = home
+    settings = runs.settings(num_conversations=4, **private)
+    made = SelfStudySynthesizer(model, tiny_tokenizer(), settings).synthesize(runs.TEXT, tmp_path / "set")
+    if written_by == "hand":  # a description that was not made here
+        told = read_report(made)
+        told = {**told, "base_model": home, "synthesis": {**told["synthesis"], **private, "engine_model": home}}
+        made = made.map(lambda row: {"origin": json.dumps({**json.loads(row["origin"]), "base_model": home})})
+        made = describe(made, {**told, "merged_from": [told], "decided_by": {"model": home}})
+    else:
+        told = (tmp_path / "set" / "self_study.json").read_text() + "".join(made["origin"])
+        assert not [word for word in ("sk-secret", "internal", "alice") if word in told]
+    push_self_study(made, NAME)
+    (tmp_path / "rows.parquet").write_bytes(hub.files(NAME)["data/train-00000-of-00001.parquet"])
+    rows = load_self_study(tmp_path / "rows.parquet")
+    pushed = "".join(rows["origin"]) + "".join(
+        hub.files(NAME)[name].decode() for name in ("README.md", "self_study.json")
+    )
+    assert not [word for word in ("sk-secret", "internal", "alice") if word in pushed]
+    assert read_provenance(rows)["base_model"] == "small-llama" and rows.features == made.features

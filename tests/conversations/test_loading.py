@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-from datasets import Dataset, concatenate_datasets, load_dataset
+from datasets import Dataset, IterableDataset, concatenate_datasets, load_dataset
 
 from peft_cartridges import load_self_study
 from peft_cartridges.conversations import (
@@ -89,6 +89,35 @@ def test_the_origin_survives_parquet_filters_and_merges(folder: Path, tmp_path: 
 def test_a_stream_says_where_it_is_from(folder: Path) -> None:
     stream = load_self_study(folder).to_iterable_dataset()
     assert read_provenance(stream)["base_model"] == "LlamaForCausalLM"
+
+
+def test_a_stream_that_names_no_columns_says_it_too(folder: Path) -> None:
+    rows = load_self_study(folder).with_format(None).to_list()
+    stream = IterableDataset.from_generator(lambda: iter(rows))
+    assert stream.column_names is None and read_provenance(stream)["base_model"] == "LlamaForCausalLM"
+    assert read_provenance(IterableDataset.from_generator(lambda: iter([{"text": "x"}]))) == {}
+
+
+def test_a_save_that_was_stopped_leaves_nothing_to_the_next(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = load_self_study(folder)
+    monkeypatch.setattr("peft_cartridges.conversations.loading._ROWS_PER_PART", 2)
+    with monkeypatch.context() as stopped, pytest.raises(KeyboardInterrupt):
+        write = ConversationFolder.write
+
+        def stop(self: ConversationFolder, stage: str, part: Part, *args: Any) -> None:
+            if part.chunk == 2:
+                raise KeyboardInterrupt
+            write(self, stage, part, *args)
+
+        stopped.setattr(ConversationFolder, "write", stop)
+        save_self_study(loaded, tmp_path / "some")
+    save_self_study(loaded.select([4, 5]), tmp_path / "some")
+    assert load_self_study(tmp_path / "some")["id"][:] == loaded["id"][4:6]
+    with pytest.raises(ValueError, match="`dataset` has no rows"):
+        save_self_study(loaded.select([]), tmp_path / "none")
+    assert not (tmp_path / "none").exists()
 
 
 def test_what_was_filtered_is_kept_and_loaded(folder: Path, tmp_path: Path) -> None:

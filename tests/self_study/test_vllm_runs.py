@@ -135,11 +135,7 @@ def test_vllm_writes_every_round(folder: Path, mode: str, request: pytest.Fixtur
     if mode == "server":
         options = ["--vllm-mode", mode, "--vllm-server-base-url", request.getfixturevalue("server")]
     out = _train(folder, f"rounds-{mode}", "--use-vllm", *options, "--resample-every", "2", "--answer-temperature", "1")
-    (last,) = (out / "_conversations").iterdir()
-    rows = load_self_study(last)
-    assert last.name == "round-1" and read_report(rows)["synthesis"]["engine"] == {"colocate": "vllm"}.get(
-        mode, "openai"
-    )
+    assert not list((out / "_conversations").iterdir())  # each is dropped when it has been used
     assert len(_losses(out)) == 4 and len(_answer(out, folder / "base")) == 6
 
 

@@ -95,6 +95,16 @@ def test_a_run_is_not_carried_on_with_another_share(tmp_path: Path, conversation
         other.train(resume_from_checkpoint=True)
 
 
+def test_a_new_run_does_not_begin_among_another_ones_checkpoints(tmp_path: Path, conversations: Dataset) -> None:
+    make_trainer(tmp_path, dataset=conversations, **RUN).train()
+    kept = (tmp_path / "_run.json").read_text()
+    make_trainer(tmp_path, dataset=conversations, **RUN).train()  # the same, from the start
+    other = make_trainer(tmp_path, dataset=conversations, loss_temperature=2.0, **RUN)
+    with pytest.raises(ValueError, match=r"`output_dir` .* holds the run of another cartridge: loss_temperature"):
+        other.train()
+    assert other.state.global_step == 0 and (tmp_path / "_run.json").read_text() == kept
+
+
 def test_the_order_of_later_passes_differs_from_the_first(tmp_path: Path, conversations: Dataset) -> None:
     sampler = make_trainer(tmp_path, dataset=conversations)._get_train_sampler()
     first = list(sampler)

@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from datasets import Dataset
 
 from peft_cartridges.self_study.engines import ENGINES
-from tests.trainer.small_runs import make_trainer
+from tests.trainer.small_runs import TEXT, make_trainer
 
 
 def test_a_window_that_is_too_small_is_said_before_anything_is_run(
@@ -36,3 +37,28 @@ def test_an_engine_is_made_once_for_all_that_is_written(
     trainer = make_trainer(tmp_path, engine="vllm", num_eval_conversations=4, resample_every=resample_every)
     trainer.train()
     assert trainer.state.global_step == 4 and len(made) == 1
+
+
+def test_rounds_of_another_corpus_are_left_alone_and_none_is_left_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"resample_every": 1, "max_steps": 2}
+    stopped = make_trainer(tmp_path, **options)
+    step, last = stopped.training_step, "_conversations"
+
+    def stop(*args: Any, **kwargs: Any) -> Any:
+        if stopped.state.global_step == 1:
+            raise KeyboardInterrupt
+        return step(*args, **kwargs)
+
+    monkeypatch.setattr(stopped, "training_step", stop)
+    with pytest.raises(KeyboardInterrupt):
+        stopped.train()
+    (left,) = (tmp_path / last).iterdir()
+    assert left.name.endswith("-round-1")
+    other = make_trainer(tmp_path, dataset=Dataset.from_dict({"text": [TEXT + " the end ."]}), **options)
+    other.train()
+    assert other.state.global_step == 2 and list((tmp_path / last).iterdir()) == [left]
+    # A run that is carried on takes up its own round.
+    make_trainer(tmp_path, **options).train()
+    assert not list((tmp_path / last).iterdir())

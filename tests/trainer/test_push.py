@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from markdown_it import MarkdownIt
 from safetensors.torch import load
 
 from peft_cartridges import HubError, KVPrefix, SelfStudyTrainer
+from peft_cartridges.cli.train import parse_args
 from peft_cartridges.hub import CARD_TAGS, load_cartridge, load_facts
 from peft_cartridges.hub.model_card import GENERATED_CARD
 from tests.hub.conftest import hub, impatient  # noqa: F401 (fixtures)
@@ -204,37 +206,37 @@ def test_a_card_that_someone_edited_is_kept(hub: LocalHub, tmp_path: Path) -> No
     assert load_facts(tmp_path / "run").corpus_tokens
 
 
-def test_the_licence_is_the_base_model_s_by_default(tmp_path: Path) -> None:
+def test_the_licence_is_what_somebody_said(tmp_path: Path) -> None:
     base = tmp_path / "base"
     tiny_model().save_pretrained(base)
     (base / "README.md").write_text("---\nlicense: apache-2.0\n---\n")
-    model = type(tiny_model()).from_pretrained(base)
-    for options, expected in (({}, "apache-2.0"), ({"license": "mit"}, "mit")):
-        make_trainer(tmp_path / "run", model, **options).save_model()
-        assert ModelCard.load(tmp_path / "run" / "README.md").data.license == expected
-        model = type(model).from_pretrained(base)
-    (base / "README.md").unlink()
-    make_trainer(tmp_path / "run", model).save_model()
-    assert ModelCard.load(tmp_path / "run" / "README.md").data.license is None
+    for options, expected in (({}, None), ({"license": "mit"}, "mit")):
+        make_trainer(tmp_path / "run", type(tiny_model()).from_pretrained(base), **options).save_model()
+        card = ModelCard.load(tmp_path / "run" / "README.md")
+        assert card.data.license == expected and "under the licence `apache-2.0`" in card.text
 
 
-def test_the_command_on_the_card_has_no_token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    command = [
-        "/here/train.py",
-        "--hub_token",
-        TOKEN,
-        "--num_tokens",
-        "8",
-        f"--hub-token={TOKEN}",
-        "--corpus",
-        "/a/b.md",
-    ]
-    monkeypatch.setattr(sys, "argv", command)
-    trainer = make_trainer(tmp_path / "run", arguments={"gold_questions": GOLD})
+def test_the_command_on_the_card_makes_such_a_run_and_tells_no_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["/here/train.py", "--engine-options", '{"api_key": "sk-secret"}'])
+    model = tiny_model()
+    model.name_or_path = "/home/alice/small-llama"
+    trainer = make_trainer(
+        tmp_path / "run", model, arguments={"gold_questions": GOLD}, hub_token=TOKEN, base_url=["http://me:pw@internal/v1"],
+        engine_options={"api_key": "sk-secret"}, seed_prompts=["Ask of the merger."], ema_decay=0.5,
+        seed_types=["question", "creative"], run_name="merger",
+    )  # fmt: skip
     trainer.evaluate()
     trainer.save_model()
-    card = (tmp_path / "run" / "README.md").read_text()
-    assert "python train.py --num_tokens 8 --corpus b.md" in card and TOKEN not in card
+    written = (tmp_path / "run" / "README.md").read_text()
+    private = (TOKEN, "sk-secret", "internal", "alice", "merger", str(tmp_path), "train.py")
+    assert not [word for word in private if word in written]
+    (line,) = [line for line in written.splitlines() if line.startswith("cartridges train")]
+    told = parse_args(shlex.split(line)[2:])
+    assert (told.corpus, told.model.model, told.model.num_tokens) == (["CORPUS"], "small-llama", 8)
+    for name in ("learning_rate", "ema_decay", "seed_types", "max_steps", "num_conversations", "max_chunk_tokens"):
+        assert getattr(told.trainer, name) == getattr(trainer.args, name), name
 
 
 def test_what_is_pushed_loads_and_says_the_same(hub: LocalHub, tmp_path: Path) -> None:  # noqa: F811

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from peft_cartridges import CartridgeConfig, SelfStudyConfig, SelfStudyTrainer
@@ -151,3 +151,32 @@ def test_no_steps_only_initialize(tmp_path: Path, conversations: Dataset) -> Non
 def test_a_budget_needs_steps(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="`budget` does not go with `max_steps=0`"):
         make_config(tmp_path, budget="5m", max_steps=0)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        (
+            {"dataset": DatasetDict({"train": CORPUS})},
+            TypeError,
+            "`train_dataset` is a DatasetDict of 'train': pass one of",
+        ),
+        ({"dataset": TEXT}, TypeError, "`train_dataset` is a text: pass `Dataset.from_dict"),
+        (
+            {"arguments": {"gold_questions": [{"question": "a", "answers": "b"}]}},
+            ValueError,
+            r"`gold_questions\[0\]` needs",
+        ),
+    ],
+)
+def test_data_of_another_form_are_refused_at_once(
+    tmp_path: Path, options: dict, error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        make_trainer(tmp_path, **options)
+
+
+def test_evaluation_before_training_measures_or_says_why_not(tmp_path: Path) -> None:
+    assert make_trainer(tmp_path, num_eval_conversations=4).evaluate()["eval_loss"] > 0
+    with pytest.raises(ValueError, match="nothing to measure on: pass an `eval_dataset`, `gold_questions`"):
+        make_trainer(tmp_path).evaluate()
