@@ -38,7 +38,7 @@ WindowReading = Literal["windowed", "pinned"]
 
 @dataclass(frozen=True)
 class LayerPrefix:
-    """A prefix as one attention layer gets it: one for all rows of a batch, or one for each.
+    """A prefix as one attention layer gets it: one for all rows of a batch, one for some, or one for each.
 
     Args:
         key, value: `[num_key_value_heads, num_tokens, key_dim | value_dim]`, or `[num_prefixes, num_key_value_heads,
@@ -50,6 +50,7 @@ class LayerPrefix:
             (what `past_key_values` would do); `pinned`, they stay visible for ever.
         lengths: Of prefixes of rows, how many tokens each has, `[num_prefixes]`.
         index: Of prefixes of rows, which each row has, `[batch]`, -1 for none; `None` where row i has prefix i.
+        rows: Of one prefix, the numbers of the rows that have it, `[rows]`; `None` for all.
     """
 
     key: Tensor
@@ -58,6 +59,7 @@ class LayerPrefix:
     window: WindowReading = "windowed"
     lengths: Tensor | None = None
     index: Tensor | None = None
+    rows: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -218,15 +220,16 @@ def _part(
         positions = (positions[0] if positions.ndim == 3 else positions)[..., -query.shape[2] :]
         if isinstance(start, Tensor):
             start = start.to(positions.device)[:, None]
-        distance = (positions - start).expand(len(query), -1)[..., None] - torch.arange(
-            first, num_tokens, device=positions.device
-        )
+        stands = (positions - start).expand(len(query), -1)
+        if prefix.rows is not None:
+            stands = stands[prefix.rows.to(stands.device)]
+        distance = stands[..., None] - torch.arange(first, num_tokens, device=positions.device)
         mask = torch.zeros(distance.shape, dtype=query.dtype, device=query.device)
         mask = mask.masked_fill(distance >= sliding_window, torch.finfo(query.dtype).min)
         key, value = key[..., first:, :], value[..., first:, :]
     if of_rows:
         return RowPrefixes(key, value, prefix.lengths, prefix.index, mask)
-    return PrefixPart(key, value, mask)
+    return PrefixPart(key, value, mask, prefix.rows)
 
 
 def expand_tokens(module: Any, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:

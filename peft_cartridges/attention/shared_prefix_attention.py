@@ -30,17 +30,19 @@ _GPU_BLOCKS, _BLOCK_KEYS = 264, 128
 
 @dataclass(frozen=True)
 class PrefixPart:
-    """A prefix in one attention layer that all rows of a batch share.
+    """A prefix in one attention layer that all rows of a batch share, or some.
 
     Args:
         key: `[num_key_value_heads, num_tokens, key_dim]`.
         value: `[num_key_value_heads, num_tokens, value_dim]`.
         mask: Additive, `[batch, q_len, num_tokens]`; `None` where every query sees every token.
+        rows: Numbers of the rows that share it, `[rows]`, which `mask` then has too; `None` for all.
     """
 
     key: Tensor
     value: Tensor
     mask: Tensor | None = None
+    rows: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -138,13 +140,22 @@ def _forward(
     """Merged output and merged log-sum-exp."""
     whole = scoring.whole
     parts = [attend(Part(query, key, value, mask, scoring))]
+    of_some = []
     for prefix, prefix_key, prefix_value in zip(prefixes, tensors[0::2], tensors[1::2], strict=True):
-        if isinstance(prefix, PrefixPart):
+        if isinstance(prefix, RowPrefixes):
+            parts.append(_attend_by_row(prefix, query, prefix_key, prefix_value, whole))
+        elif prefix.rows is None:
             parts.append(_attend_shared(prefix, query, prefix_key, prefix_value, whole))
         else:
-            parts.append(_attend_by_row(prefix, query, prefix_key, prefix_value, whole))
+            of_some.append((prefix, prefix.rows, prefix_key, prefix_value))
     outputs, lses = zip(*parts, strict=True)
-    return merge(outputs, lses, sinks, heads_last)
+    output, lse = merge(outputs, lses, sinks, heads_last)
+    for prefix, rows, prefix_key, prefix_value in of_some:
+        part, part_lse = _attend_shared(prefix, query[rows], prefix_key, prefix_value, whole)
+        merged, merged_lse = merge((output[rows], part), (lse[rows], part_lse), None, heads_last)
+        output, lse = output.to(merged.dtype), lse.to(merged_lse.dtype)
+        output[rows], lse[rows] = merged, merged_lse
+    return output, lse
 
 
 class _SharedPrefixAttention(torch.autograd.Function):
@@ -188,10 +199,15 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         wanted = (wants_query, *ctx.needs_input_grad[8 + 2 * number : 10 + 2 * number])
         function: Callable[..., Gradients]
         function = _attend_shared_backward if isinstance(prefix, PrefixPart) else _attend_by_row_backward
-        d_part, *d_prefix = function(prefix, query, prefix_key, prefix_value, whole, grad, output, lse, wanted)
+        rows = prefix.rows if isinstance(prefix, PrefixPart) else None
+        queries, *given = (query, grad, output, lse) if rows is None else (t[rows] for t in (query, grad, output, lse))
+        d_part, *d_prefix = function(prefix, queries, prefix_key, prefix_value, whole, *given, wanted)
         d_tensors.extend(d_prefix)
         if d_query is not None and d_part is not None:
-            d_query = d_query.add_(d_part)
+            if rows is None:
+                d_query = d_query.add_(d_part)
+            else:
+                d_query = d_query.index_add_(0, rows, d_part.to(d_query.dtype))
     d_sinks = None
     if sinks is not None and ctx.needs_input_grad[3]:
         products = (sinks - lse).exp() * (grad * output).sum(-1)
@@ -402,7 +418,11 @@ def concatenated_attention(
         num_tokens = part.key.shape[1]
         key_parts.append(part.key.expand(batch, *part.key.shape))
         value_parts.append(part.value.expand(batch, *part.value.shape))
-        seen = query.new_zeros(batch, q_len, num_tokens) if part.mask is None else part.mask.to(query.dtype)
+        seen = query.new_zeros(1, q_len, num_tokens) if part.mask is None else part.mask.to(query.dtype)
+        if part.rows is not None:
+            of_some = query.new_full((batch, q_len, num_tokens), hidden)
+            of_some[part.rows] = seen
+            seen = of_some
         masks.append(seen[:, None])
     own = query.new_zeros(batch, 1, q_len, key.shape[2]) if mask is None else mask.expand(batch, -1, q_len, -1)
     if scoring.causal:

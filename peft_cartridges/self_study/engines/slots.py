@@ -6,6 +6,7 @@ rows need: a finished row's slot is filled by the last row, and the batch is a v
 
 from __future__ import annotations
 
+import contextlib
 from collections import deque
 from collections.abc import Hashable, Sequence, Set
 from dataclasses import dataclass, field
@@ -16,8 +17,10 @@ from torch import Tensor
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import CacheLayerMixin
 
+from ...attention.contexts import PrefixesOfRows
 from ...attention.probe import find_recurrent_layers
 from ...hidden_states import OutputHead, pad_right
+from ...kv_prefix import KVPrefix
 
 
 def can_decode_in_slots(model: Any) -> bool:
@@ -114,19 +117,21 @@ class _Row:
     max_new_tokens: int
     temperature: float
     uniform: list[float]
+    prefix: KVPrefix | None
     tokens: list[int] = field(default_factory=list)
 
 
 class SlotDecoder:
-    """Samples continuations of prompts of any lengths; new ones may come at any time.
+    """Samples continuations of prompts of any lengths; new ones may come at any time, each behind a prefix of its own.
 
     Args:
-        model: A causal LM, with whatever prefix is active on it; its attention is eager or sdpa.
+        model: A causal LM, with whatever prefix is active on it in front of the rows' own; its attention is eager or sdpa.
         end_ids: Token ids that end a continuation.
         slots: Rows decoded together.
     """
 
     def __init__(self, model: Any, end_ids: Set[int], *, slots: int) -> None:
+        self.model = model
         self.head = OutputHead(model)
         self.decoder = self.head.decoder
         self.config = model.config.get_text_config(decoder=True)
@@ -145,11 +150,21 @@ class SlotDecoder:
         self._state = _Slots(self.device)
         self._layers = [_SlotLayer(self._state) for _ in range(self.config.num_hidden_layers)]
         self._cache = Cache(layers=list(self._layers))
+        self._prefixes: PrefixesOfRows | None = None
 
-    def begin(self, name: Hashable, prompt: Sequence[int], max_new_tokens: int, temperature: float, seed: int) -> None:
-        """Wants a continuation; it is drawn with its own seed."""
+    def begin(
+        self,
+        name: Hashable,
+        prompt: Sequence[int],
+        max_new_tokens: int,
+        temperature: float,
+        seed: int,
+        prefix: KVPrefix | None = None,
+    ) -> None:
+        """Wants a continuation of a prompt behind a prefix; it is drawn with its own seed. Rows behind the same prefix share
+        it, whatever is beside them."""
         uniform = _uniform(seed, max_new_tokens) if temperature > 0 else []
-        self._waiting.append(_Row(name, list(prompt), max_new_tokens, temperature, uniform))
+        self._waiting.append(_Row(name, list(prompt), max_new_tokens, temperature, uniform, prefix))
 
     @torch.no_grad()
     def step(self) -> list[tuple[Any, list[int]]]:
@@ -196,7 +211,8 @@ class SlotDecoder:
         cached = [row.prompt[:-1] for row in rows]
         if any(cached):
             cache = DynamicCache()
-            self.decoder(input_ids=pad_right(cached).to(self.device), past_key_values=cache, use_cache=True)
+            with self._behind(rows):
+                self.decoder(input_ids=pad_right(cached).to(self.device), past_key_values=cache, use_cache=True)
             filled: list[Any] = cache.layers
             for layer, one in zip(self._layers, filled, strict=False):
                 layer.put(first, one.keys, one.values)
@@ -221,16 +237,27 @@ class SlotDecoder:
         """Logits `[rows, vocab_size]` behind one more token of each row."""
         lengths = slots.lengths[: slots.count]
         slots.width = int(lengths.max()) + 1
-        hidden = self.decoder(
-            input_ids=torch.tensor(tokens, device=self.device)[:, None],
-            position_ids=lengths[:, None],
-            attention_mask=self._masks(lengths, slots.width),
-            past_key_values=cache,
-            use_cache=True,
-        ).last_hidden_state
+        with self._behind(self._rows):
+            hidden = self.decoder(
+                input_ids=torch.tensor(tokens, device=self.device)[:, None],
+                position_ids=lengths[:, None],
+                attention_mask=self._masks(lengths, slots.width),
+                past_key_values=cache,
+                use_cache=True,
+            ).last_hidden_state
         slots.lengths[: slots.count] += 1
         self.steps += 1
         return self.head(hidden[:, -1]).float()
+
+    def _behind(self, rows: Sequence[_Row]) -> contextlib.AbstractContextManager[Any]:
+        """The model with each row behind its prefix."""
+        prefixes = [row.prefix for row in rows]
+        if all(prefix is None for prefix in prefixes):
+            return contextlib.nullcontext()
+        if self._prefixes is None:
+            self._prefixes = PrefixesOfRows(self.model)
+        self._prefixes.assign(prefixes)
+        return self._prefixes
 
     def _masks(self, lengths: Tensor, width: int) -> Any:
         """Additive masks `[rows, 1, 1, width]`: a row sees its own tokens, in sliding-window layers its last ones."""
