@@ -200,8 +200,8 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         function: Callable[..., Gradients]
         function = _attend_shared_backward if isinstance(prefix, PrefixPart) else _attend_by_row_backward
         rows = prefix.rows if isinstance(prefix, PrefixPart) else None
-        queries, *given = (query, grad, output, lse) if rows is None else (t[rows] for t in (query, grad, output, lse))
-        d_part, *d_prefix = function(prefix, queries, prefix_key, prefix_value, whole, *given, wanted)
+        q, g, out, scores = (tensor if rows is None else tensor[rows] for tensor in (query, grad, output, lse))
+        d_part, *d_prefix = function(prefix, q, prefix_key, prefix_value, whole, g, out, scores, wanted)
         d_tensors.extend(d_prefix)
         if d_query is not None and d_part is not None:
             if rows is None:

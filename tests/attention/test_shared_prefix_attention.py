@@ -42,6 +42,7 @@ class Case:
     sinks: bool
     dtype: torch.dtype
     seed: int
+    prefix_rows: bool = False
 
     @property
     def scoring(self) -> Scoring:
@@ -68,6 +69,7 @@ def cases(draw: st.DrawFn) -> Case:
         sinks=draw(st.booleans()),
         dtype=draw(st.sampled_from([torch.float64, torch.float64, torch.float32, torch.bfloat16, torch.float16])),
         seed=draw(st.integers(0, 2**16)),
+        prefix_rows=draw(st.booleans()),
     )
 
 
@@ -91,11 +93,14 @@ def _tensors(case: Case) -> tuple[dict[str, Tensor], list[PrefixPart], Tensor | 
     for index, length in enumerate(case.prefix_lengths):
         key = leaves[f"prefix key {index}"] = random(case.kv_heads, length, case.key_dim)
         value = leaves[f"prefix value {index}"] = random(case.kv_heads, length, case.value_dim)
-        mask = None
+        mask, rows, number = None, None, case.batch
+        if case.prefix_rows:
+            number = int(torch.randint(1, case.batch + 1, (), generator=generator))
+            rows = torch.randperm(case.batch, generator=generator)[:number]
         if case.prefix_masks:
-            seen = torch.rand(case.batch, case.q_len, length, generator=generator) > 0.4
+            seen = torch.rand(number, case.q_len, length, generator=generator) > 0.4
             mask = torch.zeros(seen.shape, dtype=case.dtype).masked_fill(~seen, hidden)
-        parts.append(PrefixPart(key, value, mask))
+        parts.append(PrefixPart(key, value, mask, rows))
     shape = {"padding": (case.batch, 1), "per head": (case.batch, heads), "hides everything": (1, 1)}.get(
         case.mask or ""
     )
@@ -143,7 +148,10 @@ def _sees_nothing(case: Case) -> Tensor:
     hidden = torch.finfo(case.dtype).min
     nothing = torch.full((case.batch, case.q_len), mask is not None and case.mask == "hides everything")
     for part in parts:
-        nothing &= False if part.mask is None else ~(part.mask > hidden).any(-1)
+        unseen = torch.ones(case.batch, case.q_len, dtype=torch.bool)
+        rows = slice(None) if part.rows is None else part.rows
+        unseen[rows] = False if part.mask is None else ~(part.mask > hidden).any(-1)
+        nothing &= unseen
     return nothing
 
 
@@ -152,14 +160,14 @@ def _defined(case: Case, output: Tensor) -> Tensor:
 
 
 def test_gradcheck_in_float64() -> None:
-    case = Case(2, 2, 2, 3, 3, 4, 4, (3, 2), True, "causal", 2.0, True, torch.float64, 0)
+    case = Case(2, 2, 2, 3, 3, 4, 4, (3, 2), True, "causal", 2.0, True, torch.float64, 0, prefix_rows=True)
     leaves, parts, mask, _ = _tensors(case)
     names = list(leaves)
 
     def function(*tensors: Tensor) -> Tensor:
         given_leaves = dict(zip(names, tensors, strict=True))
         given_parts = [
-            PrefixPart(given_leaves[f"prefix key {i}"], given_leaves[f"prefix value {i}"], part.mask)
+            PrefixPart(given_leaves[f"prefix key {i}"], given_leaves[f"prefix value {i}"], part.mask, part.rows)
             for i, part in enumerate(parts)
         ]
         return shared_prefix_attention(

@@ -23,6 +23,11 @@ from ...hidden_states import OutputHead, pad_right
 from ...kv_prefix import KVPrefix
 
 
+# Prompts are prefilled together while the longest has no more than so many times the tokens of the shortest, or they are
+# fewer tokens than a forward takes in its stride.
+_LONGER, _PIECE = 1.25, 512
+
+
 def can_decode_in_slots(model: Any) -> bool:
     """Whether all of the model's memory is keys and values, and its attention takes a mask per row: eager and sdpa do,
     flash and flex attention do not."""
@@ -208,15 +213,18 @@ class SlotDecoder:
             self._state.grow(min(self.slots, max(first + count, 2 * self._state.slots)), longest)
             for layer in self._layers:
                 layer.grow()
-        cached = [row.prompt[:-1] for row in rows]
-        if any(cached):
-            cache = DynamicCache()
-            with self._behind(rows):
-                self.decoder(input_ids=pad_right(cached).to(self.device), past_key_values=cache, use_cache=True)
-            filled: list[Any] = cache.layers
-            for layer, one in zip(self._layers, filled, strict=False):
-                layer.put(first, one.keys, one.values)
-        lengths = torch.tensor([len(row) for row in cached], device=self.device)
+        for piece in _of_like_length(rows):
+            cached = [row.prompt[:-1] for row in piece]
+            if any(cached):
+                cache = DynamicCache()
+                with self._behind(piece):
+                    self.decoder(input_ids=pad_right(cached).to(self.device), past_key_values=cache, use_cache=True)
+                filled: list[Any] = cache.layers
+                for layer, one in zip(self._layers, filled, strict=False):
+                    layer.put(first, one.keys, one.values)
+            first += len(piece)
+        first = self._state.count
+        lengths = torch.tensor([len(row.prompt) - 1 for row in rows], device=self.device)
         self._state.lengths[first : first + count] = lengths
         self._state.count += count
         self._rows += rows
@@ -224,13 +232,16 @@ class SlotDecoder:
 
     def _choose(self, logits: Tensor) -> list[int]:
         """The next token of each row, of logits `[rows, vocab_size]`."""
-        tokens = logits.argmax(-1)
         drawn = [slot for slot, row in enumerate(self._rows) if row.temperature > 0]
-        if drawn:
-            rows = [self._rows[slot] for slot in drawn]
-            uniform = torch.tensor([row.uniform[len(row.tokens)] for row in rows], device=logits.device)
-            temperatures = torch.tensor([row.temperature for row in rows], device=logits.device)
-            tokens[drawn] = _draw(logits[drawn], temperatures[:, None], uniform)
+        if not drawn:
+            return logits.argmax(-1).tolist()
+        rows = [self._rows[slot] for slot in drawn]
+        uniform = torch.tensor([row.uniform[len(row.tokens)] for row in rows], device=logits.device)
+        temperatures = torch.tensor([row.temperature for row in rows], device=logits.device)
+        if len(drawn) == len(self._rows):
+            return _draw(logits, temperatures[:, None], uniform).tolist()
+        tokens = logits.argmax(-1)
+        tokens[drawn] = _draw(logits[drawn], temperatures[:, None], uniform)
         return tokens.tolist()
 
     def _step(self, tokens: list[int], cache: Cache, slots: _Slots) -> Tensor:
@@ -286,6 +297,17 @@ class SlotDecoder:
         self._rows.pop()
         self._next.pop()
         self._state.count -= 1
+
+
+def _of_like_length(rows: Sequence[_Row]) -> list[list[_Row]]:
+    """Rows, shortest prompt first, in pieces of at least `_PIECE` tokens of which little is padding."""
+    pieces: list[list[_Row]] = [[]]
+    for row in rows:
+        piece = pieces[-1]
+        if piece and len(row.prompt) > _LONGER * len(piece[0].prompt) and len(piece) * len(piece[-1].prompt) >= _PIECE:
+            pieces.append([])
+        pieces[-1].append(row)
+    return pieces
 
 
 def _uniform(seed: int, number: int) -> list[float]:
