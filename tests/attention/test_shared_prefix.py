@@ -119,7 +119,7 @@ def test_a_batch_of_another_size_than_the_prefixes_is_refused() -> None:
     model = tiny_model()
     prefix = KVPrefix.from_input_ids(model, token_ids(12))
     for prefixes in ([prefix, None], [prefix, prefix], [None, None]):
-        with shared_prefix(model, prefixes), pytest.raises(ValueError, match="2 prefixes, .* the batch has 3 rows"):
+        with shared_prefix(model, prefixes), pytest.raises(ValueError, match=r"2 prefixes, .* the batch has 3 rows"):
             model(input_ids=token_ids(3, 6))
     with pytest.raises(ValueError, match="one prefix of all rows"):
         shared_prefix(model, [prefix], verify=True)

@@ -22,7 +22,6 @@ from ...attention.probe import find_recurrent_layers
 from ...hidden_states import OutputHead, pad_right
 from ...kv_prefix import KVPrefix
 
-
 # Prompts are prefilled together while the longest has no more than so many times the tokens of the shortest, or they are
 # fewer tokens than a forward takes in its stride.
 _LONGER, _PIECE = 1.25, 512
