@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -18,6 +18,7 @@ from .callers import frames, generator_that_opens, thread_and_task
 from .delivery import OPEN, prefix_host
 from .interface import AttentionPath, LayerPrefix, WindowReading, expand_tokens
 from .probe import AttentionLayer, execution_device
+from .shared_prefix_attention import RowGroups
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,7 +49,8 @@ class SharedPrefix:
         self.num_tokens: int | Tensor = 0
         self._reading: tuple[AttentionPath, WindowReading] = (attention, window)
         self._held: dict[int, _Held] = {}  # by the id of the prefix
-        self._due: list[tuple[_Held, Tensor | None]] = []  # each with its rows, `None` for all
+        self._due: list[_Held] = []
+        self._groups: RowGroups | None = None  # which rows each of them is for; `None` for all
         self._of_rows: list[KVPrefix | None] | None = None
         if self.unverified is not None and any(
             not isinstance(layer.memory, CacheMemory) for layer in self.host.recurrent
@@ -61,7 +63,7 @@ class SharedPrefix:
             self.num_tokens = prefix
         elif isinstance(prefix, KVPrefix):
             self.num_tokens = prefix.num_tokens
-            self._due = [(self._hold(prefix), None)]
+            self._due = [self._hold(prefix)]
         else:
             self._assign(prefix)
         self._state = "new"
@@ -91,13 +93,12 @@ class SharedPrefix:
                 rows.setdefault(id(prefix), []).append(row)
                 if id(prefix) not in held:
                     held[id(prefix)] = self._held.get(id(prefix)) or self._hold(prefix)
-        self._held, self._of_rows = held, list(prefixes)
-        if len(rows) == 1 and None not in prefixes:
-            (one,) = held.values()
-            self.num_tokens, self._due = one.prefix.num_tokens, [(one, None)]
+        self._held, self._due, self._of_rows = held, list(held.values()), list(prefixes)
+        if len(held) == 1 and None not in prefixes:
+            self.num_tokens, self._groups = self._due[0].prefix.num_tokens, None
             return
         self.num_tokens = torch.tensor([0 if prefix is None else prefix.num_tokens for prefix in prefixes])
-        self._due = [(held[key], torch.tensor(numbers)) for key, numbers in rows.items()]
+        self._groups = RowGroups.of(list(rows.values()), len(prefixes))
 
     def check_batch(self, batch_size: int) -> None:
         """
@@ -173,18 +174,21 @@ class SharedPrefix:
 
     def parts(self, layer: int, module: nn.Module, query: Tensor) -> Sequence[LayerPrefix]:
         found = []
-        for held, rows in self._due:
+        if self._groups is not None and self._due:
+            self._groups = self._groups.to(query.device)
+        for number, held in enumerate(self._due):
             if not held.parts or not held.prefix.num_tokens:
                 continue
             part = held.parts[layer]
             key, value = (tensor.to(query.device, query.dtype) for tensor in (part.key, part.value))
             if self.host.layers[layer].expands:
                 key, value = expand_tokens(module, key, value)
-            found.append(replace(part, key=key, value=value, rows=rows if rows is None else rows.to(query.device)))
+            group = None if self._groups is None else (self._groups, number)
+            found.append(LayerPrefix(key, value, part.path, part.window, group=group))
         return found
 
     def state(self, layer: int, module: nn.Module) -> Mapping[str, Tensor] | None:
-        states = [held.states[layer] for held, _ in self._due if held.states]
+        states = [held.states[layer] for held in self._due if held.states]
         if not states:
             return None
         if self._of_rows is None:

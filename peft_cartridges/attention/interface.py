@@ -25,6 +25,7 @@ from .probe import UnsupportedModelError
 from .shared_prefix_attention import (
     Prefix,
     PrefixPart,
+    RowGroups,
     RowPrefixes,
     concatenated_attention,
     shared_prefix_attention,
@@ -50,7 +51,7 @@ class LayerPrefix:
             (what `past_key_values` would do); `pinned`, they stay visible for ever.
         lengths: Of prefixes of rows, how many tokens each has, `[num_prefixes]`.
         index: Of prefixes of rows, which each row has, `[batch]`, -1 for none; `None` where row i has prefix i.
-        rows: Of one prefix, the numbers of the rows that have it, `[rows]`; `None` for all.
+        group: Of one prefix, which rows have it (see `PrefixPart`); `None` for all.
     """
 
     key: Tensor
@@ -59,7 +60,7 @@ class LayerPrefix:
     window: WindowReading = "windowed"
     lengths: Tensor | None = None
     index: Tensor | None = None
-    rows: Tensor | None = None
+    group: tuple[RowGroups, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -221,15 +222,15 @@ def _part(
         if isinstance(start, Tensor):
             start = start.to(positions.device)[:, None]
         stands = (positions - start).expand(len(query), -1)
-        if prefix.rows is not None:
-            stands = stands[prefix.rows.to(stands.device)]
+        if prefix.group is not None:
+            stands = stands[prefix.group[0].rows(prefix.group[1]).to(stands.device)]
         distance = stands[..., None] - torch.arange(first, num_tokens, device=positions.device)
         mask = torch.zeros(distance.shape, dtype=query.dtype, device=query.device)
         mask = mask.masked_fill(distance >= sliding_window, torch.finfo(query.dtype).min)
         key, value = key[..., first:, :], value[..., first:, :]
     if of_rows:
         return RowPrefixes(key, value, prefix.lengths, prefix.index, mask)
-    return PrefixPart(key, value, mask, prefix.rows)
+    return PrefixPart(key, value, mask, prefix.group)
 
 
 def expand_tokens(module: Any, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
