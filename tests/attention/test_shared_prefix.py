@@ -85,11 +85,12 @@ def test_generate_of_a_left_padded_batch_is_that_of_its_rows(name: str) -> None:
         assert generated[: len(alone)].tolist() == alone.tolist()
 
 
+@pytest.mark.parametrize("all_have_one", [True, False], ids=["all have one", "one has none"])
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_each_row_behind_a_prefix_of_its_own(name: str) -> None:
+def test_each_row_behind_a_prefix_of_its_own(name: str, all_have_one: bool) -> None:
     model = tiny_model(name)
     one, other = (KVPrefix.from_input_ids(model, token_ids(length, seed=length)) for length in (12, 7))
-    prefixes = [one, other, None, one, other]
+    prefixes = [one, other, one if all_have_one else None, one, other]
     rows = token_ids(5, 6, seed=1)
     with torch.no_grad(), shared_prefix(model, prefixes):
         logits = model(input_ids=rows).logits

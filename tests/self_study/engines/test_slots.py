@@ -11,7 +11,14 @@ import torch
 
 from peft_cartridges import KVPrefix, shared_prefix
 from peft_cartridges.self_study.dispatch import Dispatcher
-from peft_cartridges.self_study.engines import ContextPrefixes, Outcome, Request, TransformersEngine, transformers
+from peft_cartridges.self_study.engines import (
+    ContextPrefixes,
+    Outcome,
+    Request,
+    TransformersEngine,
+    slots,
+    transformers,
+)
 from peft_cartridges.self_study.engines.slots import SlotDecoder, can_decode_in_slots
 from tests.tiny_models import tiny_model, tiny_tokenizer, token_ids
 
@@ -54,7 +61,8 @@ def test_greedy_rows_are_those_of_generate(name: str, with_prefix: bool) -> None
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_rows_behind_prefixes_of_their_own_are_those_of_generate(name: str) -> None:
+def test_rows_behind_prefixes_of_their_own_are_those_of_generate(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(slots, "_PIECE", 8)  # prompts are prefilled in pieces of like length
     model, prompts = tiny_model(name), _prompts()
     prefixes = [KVPrefix.from_input_ids(model, token_ids(length, seed=99)) for length in (20, 13)]
     of_rows = [[*prefixes, None][number % 3] for number in range(len(prompts))]
