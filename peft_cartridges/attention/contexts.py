@@ -5,9 +5,11 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from types import FrameType, TracebackType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..kv_prefix import KVPrefix
@@ -16,15 +18,27 @@ from .callers import frames, generator_that_opens, thread_and_task
 from .delivery import OPEN, prefix_host
 from .interface import AttentionPath, LayerPrefix, WindowReading, expand_tokens
 from .probe import AttentionLayer, execution_device
+from .shared_prefix_attention import RowGroups
+
+
+@dataclass(frozen=True, eq=False)
+class _Held:
+    """A prefix as the layers get it: attention layers by `parts`, recurrent ones by `states`."""
+
+    prefix: KVPrefix
+    parts: Sequence[LayerPrefix]
+    states: Sequence[Mapping[str, Tensor]]
 
 
 class SharedPrefix:
     """What `shared_prefix` gives: a context in which a model attends to a prefix. It can be entered once."""
 
+    reusable = False
+
     def __init__(
         self,
         model: nn.Module,
-        prefix: KVPrefix | int,
+        prefix: KVPrefix | Sequence[KVPrefix | None] | int,
         attention: AttentionPath = "auto",
         window: WindowReading = "windowed",
         verify: bool = False,
@@ -32,38 +46,79 @@ class SharedPrefix:
         self.model = model
         self.unverified = prefix if verify and isinstance(prefix, KVPrefix) else None
         self.host = prefix_host(model, skip_unsupported=isinstance(prefix, int))
-        self.num_tokens = prefix if isinstance(prefix, int) else prefix.num_tokens
-        self._parts: list[LayerPrefix] = []
+        self.num_tokens: int | Tensor = 0
+        self._reading: tuple[AttentionPath, WindowReading] = (attention, window)
+        self._held: dict[int, _Held] = {}  # by the id of the prefix
+        self._due: list[_Held] = []
+        self._groups: RowGroups | None = None  # which rows each of them is for; `None` for all
+        self._of_rows: list[KVPrefix | None] | None = None
         if self.unverified is not None and any(
             not isinstance(layer.memory, CacheMemory) for layer in self.host.recurrent
         ):
             raise ValueError(
                 f"`verify=True` compares with the prefix in transformers' cache, which {type(self.host.decoder).__name__} has not."
             )
-        self._states: list[Mapping[str, Tensor]] = []
         self._holds_nothing = isinstance(prefix, int)
-        if isinstance(prefix, KVPrefix):
-            _check_prefix(prefix, self.host.layers)
-            _check_states(prefix, self.host.recurrent)
-            for recurrent_layer, state in zip(self.host.recurrent, prefix.states, strict=True):
-                device = execution_device(recurrent_layer.module)
-                self._states.append({name: tensor.to(device) for name, tensor in state.items()})
-            for layer, key, value in zip(self.host.layers, prefix.keys, prefix.values, strict=True):
-                device = execution_device(layer.module)
-                self._parts.append(LayerPrefix(key.to(device), value.to(device), attention, window))
+        if isinstance(prefix, int):
+            self.num_tokens = prefix
+        elif isinstance(prefix, KVPrefix):
+            self.num_tokens = prefix.num_tokens
+            self._due = [self._hold(prefix)]
+        else:
+            self._assign(prefix)
         self._state = "new"
         self._opener: FrameType | None = None
         self._home: tuple[int, Any] = (0, None)
         self.threads: set[int] = set()
         self._warned = False
 
+    def _hold(self, prefix: KVPrefix) -> _Held:
+        _check_prefix(prefix, self.host.layers)
+        _check_states(prefix, self.host.recurrent)
+        parts, states = [], []
+        for recurrent_layer, state in zip(self.host.recurrent, prefix.states, strict=True):
+            device = execution_device(recurrent_layer.module)
+            states.append({name: tensor.to(device) for name, tensor in state.items()})
+        for layer, key, value in zip(self.host.layers, prefix.keys, prefix.values, strict=True):
+            device = execution_device(layer.module)
+            parts.append(LayerPrefix(key.to(device), value.to(device), *self._reading))
+        return _Held(prefix, parts, states)
+
+    def _assign(self, prefixes: Sequence[KVPrefix | None]) -> None:
+        """Row i stands behind `prefixes[i]`; rows behind the same one attend to it together."""
+        rows: dict[int, list[int]] = {}
+        held: dict[int, _Held] = {}
+        for row, prefix in enumerate(prefixes):
+            if prefix is not None:
+                rows.setdefault(id(prefix), []).append(row)
+                if id(prefix) not in held:
+                    held[id(prefix)] = self._held.get(id(prefix)) or self._hold(prefix)
+        self._held, self._due, self._of_rows = held, list(held.values()), list(prefixes)
+        if len(held) == 1 and None not in prefixes:
+            self.num_tokens, self._groups = self._due[0].prefix.num_tokens, None
+            return
+        self.num_tokens = torch.tensor([0 if prefix is None else prefix.num_tokens for prefix in prefixes])
+        self._groups = RowGroups.of(list(rows.values()), len(prefixes))
+
+    def check_batch(self, batch_size: int) -> None:
+        """
+        Raises:
+            ValueError: each row has its own prefix, and there are more or fewer rows (0: nobody knows how many).
+        """
+        if self._of_rows is not None and batch_size and len(self._of_rows) != batch_size:
+            raise ValueError(
+                f"`shared_prefix` was given {len(self._of_rows)} prefixes, one for each row, and the batch has {batch_size} "
+                "rows: give one for each (with beams or several returned sequences, for each of those)."
+            )
+
     def __enter__(self) -> nn.Module:
         if self._state != "new":
             raise RuntimeError(
                 f"This `shared_prefix(…)` context is {self._state}: call `shared_prefix` again for another."
             )
-        # The one of now: a model whose cartridge was taken off since is prepared anew.
-        self.host = prefix_host(self.model, skip_unsupported=self._holds_nothing)
+        if not self.reusable:
+            # The one of now: a model whose cartridge was taken off since is prepared anew.
+            self.host = prefix_host(self.model, skip_unsupported=self._holds_nothing)
         self._state = "open"
         self._opener, self._home = generator_that_opens(), thread_and_task()
         self.threads = set(sys._current_frames())  # that were there before
@@ -80,7 +135,7 @@ class SharedPrefix:
     ) -> None:
         if self._state != "open":
             return
-        self._state, self._opener, self._home = "closed", None, (0, None)
+        self._state, self._opener, self._home = "new" if self.reusable else "closed", None, (0, None)
         self.host.open.remove(self)
         self.host.count_context(-1)
         OPEN.set(tuple(context for context in OPEN.get() if context is not self))
@@ -118,21 +173,48 @@ class SharedPrefix:
         )
 
     def parts(self, layer: int, module: nn.Module, query: Tensor) -> Sequence[LayerPrefix]:
-        if not self._parts or not self.num_tokens:
-            return ()
-        part = self._parts[layer]
-        key, value = (tensor.to(query.device, query.dtype) for tensor in (part.key, part.value))
-        if self.host.layers[layer].expands:
-            key, value = expand_tokens(module, key, value)
-        return (LayerPrefix(key, value, part.path, part.window),)
+        found = []
+        if self._groups is not None and self._due:
+            self._groups = self._groups.to(query.device)
+        for number, held in enumerate(self._due):
+            if not held.parts or not held.prefix.num_tokens:
+                continue
+            part = held.parts[layer]
+            key, value = (tensor.to(query.device, query.dtype) for tensor in (part.key, part.value))
+            if self.host.layers[layer].expands:
+                key, value = expand_tokens(module, key, value)
+            group = None if self._groups is None else (self._groups, number)
+            found.append(LayerPrefix(key, value, part.path, part.window, group=group))
+        return found
 
     def state(self, layer: int, module: nn.Module) -> Mapping[str, Tensor] | None:
-        return self._states[layer] if self._states else None
+        states = [held.states[layer] for held in self._due if held.states]
+        if not states:
+            return None
+        if self._of_rows is None:
+            return states[0]
+        none = {name: torch.zeros_like(tensor) for name, tensor in states[0].items()}  # that of no text
+        of_rows = [none if prefix is None else self._held[id(prefix)].states[layer] for prefix in self._of_rows]
+        return {name: torch.stack([state[name] for state in of_rows]) for name in none}
+
+
+class PrefixesOfRows(SharedPrefix):
+    """As `shared_prefix` with a prefix for each row, for rows that come and go: it can be entered again and again, and the
+    rows' prefixes can be others in each forward. What `assign` got last is kept on the layers' devices."""
+
+    reusable = True
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model, [])
+
+    def assign(self, prefixes: Sequence[KVPrefix | None]) -> None:
+        """Row i stands behind `prefixes[i]` from now on."""
+        self._assign(prefixes)
 
 
 def shared_prefix(
     model: nn.Module,
-    prefix: KVPrefix,
+    prefix: KVPrefix | Sequence[KVPrefix | None],
     *,
     attention: AttentionPath = "auto",
     sliding_window: WindowReading = "windowed",
@@ -152,7 +234,8 @@ def shared_prefix(
 
     Args:
         model: A transformers causal LM, or a PEFT model around one.
-        prefix: Keys, values and states made by the same model; see `KVPrefix.from_text`.
+        prefix: Keys, values and states made by the same model; see `KVPrefix.from_text`. Or one for each row of a batch,
+            `None` for a row that has none: rows behind the same one share it.
         attention: `auto` (fast), `merged` or `concatenated` (the plain reference, for debugging).
         sliding_window: In sliding-window layers, whether prefix tokens leave the window as any token does (`windowed`,
             as `past_key_values` would) or stay in sight (`pinned`).
@@ -166,11 +249,14 @@ def shared_prefix(
     ```
 
     Raises:
-        ValueError: `prefix` was made by a model of another shape.
+        ValueError: `prefix` was made by a model of another shape. In a forward: there are prefixes for another number of
+            rows.
         UnsupportedModelError: the model has layers that cannot hold a prefix.
             In a forward, with `verify`: the results differ.
         RuntimeError: in a forward, if a layer did not attend to the prefix.
     """
+    if verify and not isinstance(prefix, KVPrefix):
+        raise ValueError("`verify=True` compares with one prefix of all rows: give one `KVPrefix`.")
     if verify and sliding_window != "windowed":
         raise ValueError('`verify=True` compares with `past_key_values`, which only the reading "windowed" is like.')
     return SharedPrefix(model, prefix, attention, sliding_window, verify)

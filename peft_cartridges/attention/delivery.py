@@ -70,6 +70,9 @@ class OpenPrefix(DuePrefix, Protocol):
     def holds_here(self) -> bool:
         """Whether the code that runs now is inside the context."""
 
+    def check_batch(self, batch_size: int) -> None:
+        """Raises a `ValueError` if a forward's rows are not those that the context is for."""
+
     def warn_of_suspension(self) -> None:
         """Says once that the generator that opened the context is suspended, and so not inside, if one did."""
 
@@ -227,7 +230,9 @@ class PrefixHost:
 
     def _due(self, batch_size: int, continues: bool, contexts: bool) -> list[DuePrefix]:
         due = [prefix for source in self.sources for prefix in source.due(batch_size, continues)]
-        return [*due, *self._open_here()] if contexts else due
+        for context in (here := self._open_here() if contexts else []):
+            context.check_batch(batch_size)
+        return [*due, *here]
 
     def implementation(self) -> str | None:
         """The attention function that the model's attention modules are to call now; `None` for their own."""
@@ -475,11 +480,8 @@ class _Carrying:
 
 
 def prefix_host(model: nn.Module, *, skip_unsupported: bool = False) -> PrefixHost:
-    """The host of a model, which is prepared on the first call.
-
-    Raises:
-        UnsupportedModelError: the model has layers that cannot hold a prefix.
-    """
+    """The host of a model, which is prepared on the first call; an `UnsupportedModelError` if its layers cannot hold a
+    prefix."""
     model = base_model(model)
     layers = find_attention_layers(model, skip_unsupported=skip_unsupported)
     recurrent = find_recurrent_layers(model, skip_unsupported=skip_unsupported)

@@ -25,6 +25,7 @@ from .probe import UnsupportedModelError
 from .shared_prefix_attention import (
     Prefix,
     PrefixPart,
+    RowGroups,
     RowPrefixes,
     concatenated_attention,
     shared_prefix_attention,
@@ -38,7 +39,7 @@ WindowReading = Literal["windowed", "pinned"]
 
 @dataclass(frozen=True)
 class LayerPrefix:
-    """A prefix as one attention layer gets it: one for all rows of a batch, or one for each.
+    """A prefix as one attention layer gets it: one for all rows of a batch, one for some, or one for each.
 
     Args:
         key, value: `[num_key_value_heads, num_tokens, key_dim | value_dim]`, or `[num_prefixes, num_key_value_heads,
@@ -50,6 +51,7 @@ class LayerPrefix:
             (what `past_key_values` would do); `pinned`, they stay visible for ever.
         lengths: Of prefixes of rows, how many tokens each has, `[num_prefixes]`.
         index: Of prefixes of rows, which each row has, `[batch]`, -1 for none; `None` where row i has prefix i.
+        group: Of one prefix, which rows have it (see `PrefixPart`); `None` for all.
     """
 
     key: Tensor
@@ -58,6 +60,7 @@ class LayerPrefix:
     window: WindowReading = "windowed"
     lengths: Tensor | None = None
     index: Tensor | None = None
+    group: tuple[RowGroups, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -218,15 +221,16 @@ def _part(
         positions = (positions[0] if positions.ndim == 3 else positions)[..., -query.shape[2] :]
         if isinstance(start, Tensor):
             start = start.to(positions.device)[:, None]
-        distance = (positions - start).expand(len(query), -1)[..., None] - torch.arange(
-            first, num_tokens, device=positions.device
-        )
+        stands = (positions - start).expand(len(query), -1)
+        if prefix.group is not None:
+            stands = stands[prefix.group[0].rows(prefix.group[1]).to(stands.device)]
+        distance = stands[..., None] - torch.arange(first, num_tokens, device=positions.device)
         mask = torch.zeros(distance.shape, dtype=query.dtype, device=query.device)
         mask = mask.masked_fill(distance >= sliding_window, torch.finfo(query.dtype).min)
         key, value = key[..., first:, :], value[..., first:, :]
     if of_rows:
         return RowPrefixes(key, value, prefix.lengths, prefix.index, mask)
-    return PrefixPart(key, value, mask)
+    return PrefixPart(key, value, mask, prefix.group)
 
 
 def expand_tokens(module: Any, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:

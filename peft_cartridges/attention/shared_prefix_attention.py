@@ -28,19 +28,56 @@ _PICKED_QUERIES = 8
 _GPU_BLOCKS, _BLOCK_KEYS = 264, 128
 
 
+@dataclass(frozen=True, eq=False)
+class RowGroups:
+    """Rows of a batch in groups, each row in one or in none.
+
+    Args:
+        order: Numbers of the rows, group after group, `[rows in a group]`.
+        sizes: How many rows each group has, at least one.
+        places: Where each row of the batch stands in `order`, `[batch]`; `None` where some are in no group.
+    """
+
+    order: Tensor
+    sizes: tuple[int, ...]
+    places: Tensor | None
+
+    @classmethod
+    def of(cls, groups: Sequence[Sequence[int]], batch_size: int) -> RowGroups:
+        order = torch.tensor([row for rows in groups for row in rows])
+        return cls(order, tuple(map(len, groups)), order.argsort() if len(order) == batch_size else None)
+
+    def to(self, device: torch.device) -> RowGroups:
+        if self.order.device == device:
+            return self
+        places = None if self.places is None else self.places.to(device)
+        return RowGroups(self.order.to(device), self.sizes, places)
+
+    def rows(self, group: int) -> Tensor:
+        """Numbers of a group's rows."""
+        return self.order.split(self.sizes)[group]
+
+
 @dataclass(frozen=True)
 class PrefixPart:
-    """A prefix in one attention layer that all rows of a batch share.
+    """A prefix in one attention layer that all rows of a batch share, or some.
 
     Args:
         key: `[num_key_value_heads, num_tokens, key_dim]`.
         value: `[num_key_value_heads, num_tokens, value_dim]`.
         mask: Additive, `[batch, q_len, num_tokens]`; `None` where every query sees every token.
+        group: Where only some rows share it, which (`mask` has those rows alone then): a group's number among `RowGroups`.
+            Those of the same `RowGroups` are computed and merged together.
     """
 
     key: Tensor
     value: Tensor
     mask: Tensor | None = None
+    group: tuple[RowGroups, int] | None = None
+
+    @property
+    def rows(self) -> Tensor | None:
+        return None if self.group is None else self.group[0].rows(self.group[1])
 
 
 @dataclass(frozen=True)
@@ -138,11 +175,16 @@ def _forward(
     """Merged output and merged log-sum-exp."""
     whole = scoring.whole
     parts = [attend(Part(query, key, value, mask, scoring))]
+    of_groups: dict[RowGroups, list[tuple[int, PrefixPart, Tensor, Tensor]]] = {}
     for prefix, prefix_key, prefix_value in zip(prefixes, tensors[0::2], tensors[1::2], strict=True):
-        if isinstance(prefix, PrefixPart):
+        if isinstance(prefix, RowPrefixes):
+            parts.append(_attend_by_row(prefix, query, prefix_key, prefix_value, whole))
+        elif prefix.group is None:
             parts.append(_attend_shared(prefix, query, prefix_key, prefix_value, whole))
         else:
-            parts.append(_attend_by_row(prefix, query, prefix_key, prefix_value, whole))
+            groups, number = prefix.group
+            of_groups.setdefault(groups, []).append((number, prefix, prefix_key, prefix_value))
+    parts += [_attend_by_group(groups, members, query, whole) for groups, members in of_groups.items()]
     outputs, lses = zip(*parts, strict=True)
     return merge(outputs, lses, sinks, heads_last)
 
@@ -188,10 +230,15 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         wanted = (wants_query, *ctx.needs_input_grad[8 + 2 * number : 10 + 2 * number])
         function: Callable[..., Gradients]
         function = _attend_shared_backward if isinstance(prefix, PrefixPart) else _attend_by_row_backward
-        d_part, *d_prefix = function(prefix, query, prefix_key, prefix_value, whole, grad, output, lse, wanted)
+        rows = prefix.rows if isinstance(prefix, PrefixPart) else None
+        q, g, out, scores = (tensor if rows is None else tensor[rows] for tensor in (query, grad, output, lse))
+        d_part, *d_prefix = function(prefix, q, prefix_key, prefix_value, whole, g, out, scores, wanted)
         d_tensors.extend(d_prefix)
         if d_query is not None and d_part is not None:
-            d_query = d_query.add_(d_part)
+            if rows is None:
+                d_query = d_query.add_(d_part)
+            else:
+                d_query = d_query.index_add_(0, rows, d_part.to(d_query.dtype))
     d_sinks = None
     if sinks is not None and ctx.needs_input_grad[3]:
         products = (sinks - lse).exp() * (grad * output).sum(-1)
@@ -216,6 +263,20 @@ def _attend_shared(
     folding = _Folding(query, key.shape[0], 1)
     output, lse = attend(folding.part(query, key, value, prefix.mask, scoring))
     return folding.undo(output), folding.undo(lse)
+
+
+def _attend_by_group(
+    groups: RowGroups, members: Sequence[tuple[int, PrefixPart, Tensor, Tensor]], query: Tensor, scoring: Scoring
+) -> tuple[Tensor, Tensor]:
+    """Of the prefixes of all or some of the groups, one for each; rows of no group get nothing."""
+    queries = query[groups.order].split(groups.sizes)
+    parts = [_attend_shared(prefix, queries[number], key, value, scoring) for number, prefix, key, value in members]
+    output, lse = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+    if groups.places is not None and [number for number, *_ in members] == list(range(len(groups.sizes))):
+        return output[groups.places], lse[groups.places]
+    rows = torch.cat([groups.rows(number) for number, *_ in members])
+    nothing = output.new_zeros(len(query), *output.shape[1:]), lse.new_full((len(query), *lse.shape[1:]), -torch.inf)
+    return nothing[0].index_copy_(0, rows, output), nothing[1].index_copy_(0, rows, lse)
 
 
 def _attend_shared_backward(
@@ -402,7 +463,11 @@ def concatenated_attention(
         num_tokens = part.key.shape[1]
         key_parts.append(part.key.expand(batch, *part.key.shape))
         value_parts.append(part.value.expand(batch, *part.value.shape))
-        seen = query.new_zeros(batch, q_len, num_tokens) if part.mask is None else part.mask.to(query.dtype)
+        seen = query.new_zeros(1, q_len, num_tokens) if part.mask is None else part.mask.to(query.dtype)
+        if part.group is not None:
+            of_some = query.new_full((batch, q_len, num_tokens), hidden)
+            of_some[part.rows] = seen
+            seen = of_some
         masks.append(seen[:, None])
     own = query.new_zeros(batch, 1, q_len, key.shape[2]) if mask is None else mask.expand(batch, -1, q_len, -1)
     if scoring.causal:

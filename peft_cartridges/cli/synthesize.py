@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 from ..conversations import format_conversation, format_report, push_self_study, read_report
-from ..corpus import Chunker, Document, load_corpus
+from ..corpus import Document, load_corpus
 from ..hub.model_card import is_hub_name
 from ..self_study import EngineError, SelfStudySynthesizer, SynthesisConfig, estimate_run
 from ..self_study.processes import Processes, partial_state
@@ -82,13 +82,7 @@ def run(args: argparse.Namespace) -> None:
 def _look(args: argparse.Namespace, settings: SynthesisConfig, tokenizer: Any) -> None:
     """Prints sizes, and some conversations with the time that the run would take."""
     documents = list(_load_corpus(args))
-    chunker = Chunker(
-        documents,
-        tokenizer,
-        min_tokens=settings.min_chunk_tokens,
-        max_tokens=settings.max_chunk_tokens,
-        mode=settings.chunking,
-    )
+    chunker = settings.make_chunker(documents, tokenizer)
     estimate = estimate_run(settings, chunker.lengths, hidden_size=_hidden_size(args, settings))
     number = f"{len(documents):,} document{'s' if len(documents) > 1 else ''}"
     print(f"{number}, {sum(chunker.lengths.values()):,} tokens\n{estimate}")

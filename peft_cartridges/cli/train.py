@@ -20,7 +20,7 @@ from trl import TrlParser
 
 from ..adapter_folder import CONFIG_FILE, read_config
 from ..conversations import load_self_study, read_provenance
-from ..corpus import Chunker, Document, load_corpus
+from ..corpus import Document, load_corpus
 from ..hub.model_card import is_hub_name
 from ..self_study import EngineError, SynthesisConfig, estimate_run
 from ..self_study.engines import check_engines, make_engines
@@ -312,13 +312,7 @@ def _prepare(args: argparse.Namespace, documents: list[Document], tokenizer: Any
     model, settings = args.model, SynthesisConfig.from_args(args.trainer)
     lengths: dict[str, int] = {}
     if documents:
-        lengths = Chunker(
-            documents,
-            tokenizer,
-            min_tokens=settings.min_chunk_tokens,
-            max_tokens=settings.max_chunk_tokens,
-            mode=settings.chunking,
-        ).lengths
+        lengths = settings.make_chunker(documents, tokenizer).lengths
     tokens = sum(lengths.values()) if documents else _tokens_behind(args.data.conversations)
     config = AutoConfig.from_pretrained(
         model.model, revision=model.model_revision, trust_remote_code=model.trust_remote_code

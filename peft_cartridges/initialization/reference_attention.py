@@ -126,7 +126,7 @@ class _Observer:
             )
         )
         if made is not None:
-            part = self.made[call.layer] = PrefixPart(*(tensor.to(call.query) for tensor in made))
+            part = self.made[call.layer] = PrefixPart(made[0].to(call.query), made[1].to(call.query))
         return [part]
 
     def _by_head(self, tensor: Tensor, heads: int) -> Tensor:

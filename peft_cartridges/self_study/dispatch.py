@@ -56,7 +56,6 @@ class Dispatcher:
         self._waiting: OrderedDict[Job, deque[Request]] = OrderedDict()
         self._flights: dict[Request, _Flight] = {}
         self._last: dict[Job, Engine] = {}  # which has the job's context in its cache
-        self._current: dict[Engine, Job] = {}  # of engines with one context
         self._latencies: deque[float] = deque(maxlen=64)
         self._warned: set[Engine] = set()
 
@@ -115,15 +114,15 @@ class Dispatcher:
         for request in requests:
             self._flights[request] = _Flight(job, now, {engine})
         self._last[job] = engine
-        self._current[engine] = job
         return requests
 
     def _choose_job(self, engine: Engine) -> Job | None:
-        """Whose requests the engine is given: those of the context that it has, else of one that nobody has yet, else of
-        any, so that no engine is idle while there is work."""
-        if engine.one_context and engine.works_here:
-            current = self._current.get(engine)
-            return current if current in self._waiting else None
+        """Whose requests the engine is given: those of a context that it has, else of one that nobody has yet, else of
+        any, so that no engine is idle while there is work. One that has all the contexts it can hold gets no other."""
+        if engine.max_contexts is not None:
+            held = {flight.job for flight in self._flights.values() if engine in flight.engines}
+            if len(held) >= engine.max_contexts:
+                return next((job for job in self._waiting if job in held), None)
         mine = next((job for job in self._waiting if self._last.get(job) is engine), None)
         fresh = next((job for job in self._waiting if job not in self._last), None)
         return mine or fresh or self._open() or next(iter(self._waiting), None)
@@ -144,7 +143,7 @@ class Dispatcher:
     def _late(self, engine: Engine, room: int) -> list[Request]:
         """Requests that take far longer than others do, for an engine that has nothing else to do: the first answer
         counts, and an engine that hangs holds nothing up."""
-        if engine.one_context or len(self._latencies) < 3:
+        if engine.max_contexts is not None or len(self._latencies) < 3:
             return []
         patience = max(_PATIENCE, _SLOW * statistics.median(self._latencies))
         now = time.monotonic()

@@ -5,12 +5,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
 from ..chat.codec import THOUGHTS, parse_template_kwargs
 from ..conversations.targets import TARGETS
+from ..corpus import Chunker
 from ..corpus.borders import MODES
 from .engines import ENGINES
 from .prompts import PAPER_TYPES, check_seed_types
@@ -267,6 +268,16 @@ class SynthesisConfig:
     def content_settings(cls) -> list[str]:
         """Names of the settings that decide what the conversations say."""
         return [field.name for field in fields(cls) if isinstance(field.metadata["help"], _Deciding)]
+
+    def make_chunker(self, documents: Iterable[Any], processing_class: Any) -> Chunker:
+        """Cuts documents as the settings say; see `Chunker`."""
+        return Chunker(
+            documents,
+            processing_class,
+            min_tokens=self.min_chunk_tokens,
+            max_tokens=self.max_chunk_tokens,
+            mode=self.chunking,
+        )
 
     def get_engine_options(self) -> dict[str, Any]:
         """`engine_options` as a mapping."""

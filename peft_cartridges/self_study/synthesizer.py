@@ -8,7 +8,7 @@ import shutil
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -147,7 +147,7 @@ class SelfStudySynthesizer:
         """
         processes = Processes()
         digest = CorpusDigest(corpus_name or _dataset_name(corpus))
-        chunker = self._chunker(digest.reading(iter_documents(corpus)))
+        chunker = self.args.make_chunker(digest.reading(iter_documents(corpus)), self.codec)
         identity = self._identity(digest.identity())
         identity["synthesis"]["num_conversations"] = num_conversations(self.args, chunker.lengths)
         folder = ConversationFolder(processes.same(lambda: output_dir or _temporary_folder()))
@@ -179,7 +179,7 @@ class SelfStudySynthesizer:
             raise ValueError(f"A preview shows at least 1 conversation, got {number}.")
         check_engines(self.engines)
         digest = CorpusDigest()
-        chunker = self._chunker(digest.reading(iter_documents(corpus)))
+        chunker = self.args.make_chunker(digest.reading(iter_documents(corpus)), self.codec)
         identity = self._identity(digest.identity())
         each, rest = divmod(number, min(number, 4))
         wanted = {chunk: each + (chunk < rest) for chunk in range(min(number, 4))}
@@ -203,7 +203,7 @@ class SelfStudySynthesizer:
             ValueError: the corpus is empty or has no `text`, or a chunk does not fit into the model's window.
             EngineError: there is something to write, and no engine can be reached.
         """
-        chunker = self._chunker(iter_documents(corpus))
+        chunker = self.args.make_chunker(iter_documents(corpus), self.codec)
         wanted = self._wanted(chunker)
         self._check_engines(None if output_dir is None else ConversationFolder(output_dir), wanted)
         self._plan(chunker, wanted)
@@ -238,16 +238,6 @@ class SelfStudySynthesizer:
             corpus=corpus,
             settings=settings,
             content_settings=[name for name in SynthesisConfig.content_settings() if name not in unused],
-        )
-
-    def _chunker(self, documents: Iterable[Any]) -> Chunker:
-        args = self.args
-        return Chunker(
-            documents,
-            self.codec,
-            min_tokens=args.min_chunk_tokens,
-            max_tokens=args.max_chunk_tokens,
-            mode=args.chunking,
         )
 
     def _wanted(self, chunker: Chunker) -> dict[int, int]:

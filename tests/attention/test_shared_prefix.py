@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
 
@@ -81,6 +83,47 @@ def test_generate_of_a_left_padded_batch_is_that_of_its_rows(name: str) -> None:
     for row, generated in zip(_rows(), together, strict=True):
         alone = past_key_values_generate(model, prefix, row[None], **GENERATE).sequences[0, len(row) :]
         assert generated[: len(alone)].tolist() == alone.tolist()
+
+
+@pytest.mark.parametrize("all_have_one", [True, False], ids=["all have one", "one has none"])
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_each_row_behind_a_prefix_of_its_own(name: str, all_have_one: bool) -> None:
+    model = tiny_model(name)
+    one, other = (KVPrefix.from_input_ids(model, token_ids(length, seed=length)) for length in (12, 7))
+    prefixes = [one, other, one if all_have_one else None, one, other]
+    rows = token_ids(5, 6, seed=1)
+    with torch.no_grad(), shared_prefix(model, prefixes):
+        logits = model(input_ids=rows).logits
+    for row, prefix, row_logits in zip(rows, prefixes, logits, strict=True):
+        assert_close(row_logits, past_key_values_logits(model, prefix, row))
+    with shared_prefix(model, prefixes):
+        found = model.generate(rows, attention_mask=torch.ones_like(rows), **GENERATE)
+    for row, prefix, tokens in zip(rows, prefixes, found, strict=True):
+        with contextlib.nullcontext() if prefix is None else shared_prefix(model, prefix):
+            alone = model.generate(row[None], attention_mask=torch.ones(1, 6), **GENERATE)
+        assert tokens.tolist() == alone[0].tolist()
+
+
+def test_prefixes_of_rows_add_to_that_of_all() -> None:
+    model = tiny_model("mistral")
+    first, second = (KVPrefix.from_input_ids(model, token_ids(length, seed=length)) for length in (12, 7))
+    rows = token_ids(3, 6, seed=1)
+    with torch.no_grad(), shared_prefix(model, first), shared_prefix(model, [None, second, first]):
+        logits = model(input_ids=rows).logits
+    behind = [first, KVPrefix.concatenate([first, second]), KVPrefix.concatenate([first, first])]
+    for row, prefix, row_logits in zip(rows, behind, logits, strict=True):
+        with torch.no_grad(), shared_prefix(model, prefix, attention="concatenated"):
+            assert_close(row_logits, model(input_ids=row[None]).logits[0])
+
+
+def test_a_batch_of_another_size_than_the_prefixes_is_refused() -> None:
+    model = tiny_model()
+    prefix = KVPrefix.from_input_ids(model, token_ids(12))
+    for prefixes in ([prefix, None], [prefix, prefix], [None, None]):
+        with shared_prefix(model, prefixes), pytest.raises(ValueError, match=r"2 prefixes, .* the batch has 3 rows"):
+            model(input_ids=token_ids(3, 6))
+    with pytest.raises(ValueError, match="one prefix of all rows"):
+        shared_prefix(model, [prefix], verify=True)
 
 
 def test_contexts_nest_in_order() -> None:

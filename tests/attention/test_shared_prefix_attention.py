@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -16,6 +16,7 @@ from peft_cartridges.attention import cpu_products, kernels
 from peft_cartridges.attention.plain_attention import Part, Scoring
 from peft_cartridges.attention.shared_prefix_attention import (
     PrefixPart,
+    RowGroups,
     RowPrefixes,
     concatenated_attention,
     shared_prefix_attention,
@@ -42,6 +43,7 @@ class Case:
     sinks: bool
     dtype: torch.dtype
     seed: int
+    prefix_groups: bool = False
 
     @property
     def scoring(self) -> Scoring:
@@ -68,6 +70,7 @@ def cases(draw: st.DrawFn) -> Case:
         sinks=draw(st.booleans()),
         dtype=draw(st.sampled_from([torch.float64, torch.float64, torch.float32, torch.bfloat16, torch.float16])),
         seed=draw(st.integers(0, 2**16)),
+        prefix_groups=draw(st.booleans()),
     )
 
 
@@ -88,14 +91,21 @@ def _tensors(case: Case) -> tuple[dict[str, Tensor], list[PrefixPart], Tensor | 
         leaves["sinks"] = random(heads)
     parts = []
     hidden = torch.finfo(case.dtype).min
+    order = torch.randperm(case.batch, generator=generator).tolist()
+    last = int(torch.randint(1, case.batch + 1, (), generator=generator))
+    first = int(torch.randint(0, last, (), generator=generator))
+    groups = RowGroups.of([rows for rows in (order[:first], order[first:last]) if rows], case.batch)
     for index, length in enumerate(case.prefix_lengths):
         key = leaves[f"prefix key {index}"] = random(case.kv_heads, length, case.key_dim)
         value = leaves[f"prefix value {index}"] = random(case.kv_heads, length, case.value_dim)
-        mask = None
+        mask, group, number = None, None, case.batch
+        if case.prefix_groups and index < 2 * len(groups.sizes):  # the third is one more of the first
+            group = (groups if index < len(groups.sizes) else replace(groups), index % len(groups.sizes))
+            number = groups.sizes[group[1]]
         if case.prefix_masks:
-            seen = torch.rand(case.batch, case.q_len, length, generator=generator) > 0.4
+            seen = torch.rand(number, case.q_len, length, generator=generator) > 0.4
             mask = torch.zeros(seen.shape, dtype=case.dtype).masked_fill(~seen, hidden)
-        parts.append(PrefixPart(key, value, mask))
+        parts.append(PrefixPart(key, value, mask, group))
     shape = {"padding": (case.batch, 1), "per head": (case.batch, heads), "hides everything": (1, 1)}.get(
         case.mask or ""
     )
@@ -143,7 +153,10 @@ def _sees_nothing(case: Case) -> Tensor:
     hidden = torch.finfo(case.dtype).min
     nothing = torch.full((case.batch, case.q_len), mask is not None and case.mask == "hides everything")
     for part in parts:
-        nothing &= False if part.mask is None else ~(part.mask > hidden).any(-1)
+        unseen = torch.ones(case.batch, case.q_len, dtype=torch.bool)
+        rows = slice(None) if part.rows is None else part.rows
+        unseen[rows] = False if part.mask is None else ~(part.mask > hidden).any(-1)
+        nothing &= unseen
     return nothing
 
 
@@ -152,14 +165,14 @@ def _defined(case: Case, output: Tensor) -> Tensor:
 
 
 def test_gradcheck_in_float64() -> None:
-    case = Case(2, 2, 2, 3, 3, 4, 4, (3, 2), True, "causal", 2.0, True, torch.float64, 0)
+    case = Case(2, 2, 2, 3, 3, 4, 4, (3, 2), True, "causal", 2.0, True, torch.float64, 0, prefix_groups=True)
     leaves, parts, mask, _ = _tensors(case)
     names = list(leaves)
 
     def function(*tensors: Tensor) -> Tensor:
         given_leaves = dict(zip(names, tensors, strict=True))
         given_parts = [
-            PrefixPart(given_leaves[f"prefix key {i}"], given_leaves[f"prefix value {i}"], part.mask)
+            PrefixPart(given_leaves[f"prefix key {i}"], given_leaves[f"prefix value {i}"], part.mask, part.group)
             for i, part in enumerate(parts)
         ]
         return shared_prefix_attention(

@@ -69,7 +69,8 @@ class Engine(ABC):
         model_name: Name or path of the model, for the set's identity.
         max_length: Tokens that fit into the model's window; `None` where that is unknown.
         end_ids: Token ids that end an answer.
-        one_context: Whether all requests under way must have one context.
+        max_contexts: How many jobs' requests, each job with a context of its own, it takes at a time; `None` where it does
+            not matter.
         gives_top_k: Whether it gives the top k of what it samples, and scores.
         hopeless: Why it will most likely never answer again; `None` while all is well.
     """
@@ -78,7 +79,7 @@ class Engine(ABC):
     fingerprint: str = ""
     max_length: int | None = None
     end_ids: Set[int]
-    one_context = False
+    max_contexts: int | None = None
     gives_top_k = False
     hopeless: str | None = None
 

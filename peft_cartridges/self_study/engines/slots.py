@@ -6,6 +6,7 @@ rows need: a finished row's slot is filled by the last row, and the batch is a v
 
 from __future__ import annotations
 
+import contextlib
 from collections import deque
 from collections.abc import Hashable, Sequence, Set
 from dataclasses import dataclass, field
@@ -16,8 +17,14 @@ from torch import Tensor
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import CacheLayerMixin
 
+from ...attention.contexts import PrefixesOfRows
 from ...attention.probe import find_recurrent_layers
 from ...hidden_states import OutputHead, pad_right
+from ...kv_prefix import KVPrefix
+
+# Prompts are prefilled together while the longest has no more than so many times the tokens of the shortest, or they are
+# fewer tokens than a forward takes in its stride.
+_LONGER, _PIECE = 1.25, 512
 
 
 def can_decode_in_slots(model: Any) -> bool:
@@ -114,19 +121,21 @@ class _Row:
     max_new_tokens: int
     temperature: float
     uniform: list[float]
+    prefix: KVPrefix | None
     tokens: list[int] = field(default_factory=list)
 
 
 class SlotDecoder:
-    """Samples continuations of prompts of any lengths; new ones may come at any time.
+    """Samples continuations of prompts of any lengths; new ones may come at any time, each behind a prefix of its own.
 
     Args:
-        model: A causal LM, with whatever prefix is active on it; its attention is eager or sdpa.
+        model: A causal LM, with whatever prefix is active on it in front of the rows' own; its attention is eager or sdpa.
         end_ids: Token ids that end a continuation.
         slots: Rows decoded together.
     """
 
     def __init__(self, model: Any, end_ids: Set[int], *, slots: int) -> None:
+        self.model = model
         self.head = OutputHead(model)
         self.decoder = self.head.decoder
         self.config = model.config.get_text_config(decoder=True)
@@ -145,11 +154,21 @@ class SlotDecoder:
         self._state = _Slots(self.device)
         self._layers = [_SlotLayer(self._state) for _ in range(self.config.num_hidden_layers)]
         self._cache = Cache(layers=list(self._layers))
+        self._prefixes: PrefixesOfRows | None = None
 
-    def begin(self, name: Hashable, prompt: Sequence[int], max_new_tokens: int, temperature: float, seed: int) -> None:
-        """Wants a continuation; it is drawn with its own seed."""
+    def begin(
+        self,
+        name: Hashable,
+        prompt: Sequence[int],
+        max_new_tokens: int,
+        temperature: float,
+        seed: int,
+        prefix: KVPrefix | None = None,
+    ) -> None:
+        """Wants a continuation of a prompt behind a prefix; it is drawn with its own seed. Rows behind the same prefix share
+        it, whatever is beside them."""
         uniform = _uniform(seed, max_new_tokens) if temperature > 0 else []
-        self._waiting.append(_Row(name, list(prompt), max_new_tokens, temperature, uniform))
+        self._waiting.append(_Row(name, list(prompt), max_new_tokens, temperature, uniform, prefix))
 
     @torch.no_grad()
     def step(self) -> list[tuple[Any, list[int]]]:
@@ -193,14 +212,18 @@ class SlotDecoder:
             self._state.grow(min(self.slots, max(first + count, 2 * self._state.slots)), longest)
             for layer in self._layers:
                 layer.grow()
-        cached = [row.prompt[:-1] for row in rows]
-        if any(cached):
-            cache = DynamicCache()
-            self.decoder(input_ids=pad_right(cached).to(self.device), past_key_values=cache, use_cache=True)
-            filled: list[Any] = cache.layers
-            for layer, one in zip(self._layers, filled, strict=False):
-                layer.put(first, one.keys, one.values)
-        lengths = torch.tensor([len(row) for row in cached], device=self.device)
+        for piece in _of_like_length(rows):
+            cached = [row.prompt[:-1] for row in piece]
+            if any(cached):
+                cache = DynamicCache()
+                with self._behind(piece):
+                    self.decoder(input_ids=pad_right(cached).to(self.device), past_key_values=cache, use_cache=True)
+                filled: list[Any] = cache.layers
+                for layer, one in zip(self._layers, filled, strict=False):
+                    layer.put(first, one.keys, one.values)
+            first += len(piece)
+        first = self._state.count
+        lengths = torch.tensor([len(row.prompt) - 1 for row in rows], device=self.device)
         self._state.lengths[first : first + count] = lengths
         self._state.count += count
         self._rows += rows
@@ -208,29 +231,43 @@ class SlotDecoder:
 
     def _choose(self, logits: Tensor) -> list[int]:
         """The next token of each row, of logits `[rows, vocab_size]`."""
-        tokens = logits.argmax(-1)
         drawn = [slot for slot, row in enumerate(self._rows) if row.temperature > 0]
-        if drawn:
-            rows = [self._rows[slot] for slot in drawn]
-            uniform = torch.tensor([row.uniform[len(row.tokens)] for row in rows], device=logits.device)
-            temperatures = torch.tensor([row.temperature for row in rows], device=logits.device)
-            tokens[drawn] = _draw(logits[drawn], temperatures[:, None], uniform)
+        if not drawn:
+            return logits.argmax(-1).tolist()
+        rows = [self._rows[slot] for slot in drawn]
+        uniform = torch.tensor([row.uniform[len(row.tokens)] for row in rows], device=logits.device)
+        temperatures = torch.tensor([row.temperature for row in rows], device=logits.device)
+        if len(drawn) == len(self._rows):
+            return _draw(logits, temperatures[:, None], uniform).tolist()
+        tokens = logits.argmax(-1)
+        tokens[drawn] = _draw(logits[drawn], temperatures[:, None], uniform)
         return tokens.tolist()
 
     def _step(self, tokens: list[int], cache: Cache, slots: _Slots) -> Tensor:
         """Logits `[rows, vocab_size]` behind one more token of each row."""
         lengths = slots.lengths[: slots.count]
         slots.width = int(lengths.max()) + 1
-        hidden = self.decoder(
-            input_ids=torch.tensor(tokens, device=self.device)[:, None],
-            position_ids=lengths[:, None],
-            attention_mask=self._masks(lengths, slots.width),
-            past_key_values=cache,
-            use_cache=True,
-        ).last_hidden_state
+        with self._behind(self._rows):
+            hidden = self.decoder(
+                input_ids=torch.tensor(tokens, device=self.device)[:, None],
+                position_ids=lengths[:, None],
+                attention_mask=self._masks(lengths, slots.width),
+                past_key_values=cache,
+                use_cache=True,
+            ).last_hidden_state
         slots.lengths[: slots.count] += 1
         self.steps += 1
         return self.head(hidden[:, -1]).float()
+
+    def _behind(self, rows: Sequence[_Row]) -> contextlib.AbstractContextManager[Any]:
+        """The model with each row behind its prefix."""
+        prefixes = [row.prefix for row in rows]
+        if all(prefix is None for prefix in prefixes):
+            return contextlib.nullcontext()
+        if self._prefixes is None:
+            self._prefixes = PrefixesOfRows(self.model)
+        self._prefixes.assign(prefixes)
+        return self._prefixes
 
     def _masks(self, lengths: Tensor, width: int) -> Any:
         """Additive masks `[rows, 1, 1, width]`: a row sees its own tokens, in sliding-window layers its last ones."""
@@ -259,6 +296,17 @@ class SlotDecoder:
         self._rows.pop()
         self._next.pop()
         self._state.count -= 1
+
+
+def _of_like_length(rows: Sequence[_Row]) -> list[list[_Row]]:
+    """Rows, shortest prompt first, in pieces of at least `_PIECE` tokens of which little is padding."""
+    pieces: list[list[_Row]] = [[]]
+    for row in rows:
+        piece = pieces[-1]
+        if piece and len(row.prompt) > _LONGER * len(piece[0].prompt) and len(piece) * len(piece[-1].prompt) >= _PIECE:
+            pieces.append([])
+        pieces[-1].append(row)
+    return pieces
 
 
 def _uniform(seed: int, number: int) -> list[float]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Iterator, Sequence, Set
 from typing import Any
 
@@ -20,23 +20,38 @@ from .slots import SlotDecoder, can_decode_in_slots
 
 # Decoding goes on for so many steps before other engines are looked after.
 _STEPS = 16
+# Contexts that rows decoded together may have: their prefixes are all in memory.
+_MOST_CONTEXTS = 8
 
 
 class ContextPrefixes:
-    """The prefixes of the contexts that were used last: a chunk is asked, answered, asked again and scored in turn."""
+    """The prefixes of the contexts that are held, and of the `size` that were used last beside them: a chunk is asked,
+    answered, asked again and scored in turn."""
 
     def __init__(self, model: Any, size: int = 2) -> None:
         self.model, self.size = model, size
         self._kept: OrderedDict[tuple[int, ...], KVPrefix] = OrderedDict()
+        self._held: Counter[tuple[int, ...]] = Counter()
 
     def get(self, context: tuple[int, ...]) -> KVPrefix:
         """The prefix of some token ids, by one prefill if it is not there."""
         if context not in self._kept:
-            while len(self._kept) >= self.size:
-                self._kept.popitem(last=False)
+            free = [one for one in self._kept if one not in self._held]
+            for one in free[: max(0, len(free) + 1 - self.size)]:
+                del self._kept[one]
             self._kept[context] = KVPrefix.from_input_ids(self.model, context)
         self._kept.move_to_end(context)
         return self._kept[context]
+
+    def hold(self, context: tuple[int, ...]) -> KVPrefix | None:
+        """The prefix, which is kept until it was released as often; `None` of no context."""
+        if not context:
+            return None
+        self._held[context] += 1
+        return self.get(context)
+
+    def release(self, context: tuple[int, ...]) -> None:
+        self._held -= Counter([context])
 
     def behind(self, context: tuple[int, ...]) -> contextlib.AbstractContextManager[Any]:
         """The model with the context in front of every row; without one where it is empty."""
@@ -44,6 +59,7 @@ class ContextPrefixes:
 
     def clear(self) -> None:
         self._kept.clear()
+        self._held.clear()
 
 
 @contextlib.contextmanager
@@ -60,18 +76,18 @@ def bare(model: Any) -> Iterator[None]:
 
 
 class TransformersEngine(Engine):
-    """A transformers causal LM.
+    """A transformers causal LM. Rows behind several contexts are decoded together, those behind the same one sharing it;
+    where batches run by `model.generate` (see `refill`), all rows under way have one context.
 
     Args:
         model: The causal LM, or a PEFT model around one (its adapter is disabled meanwhile).
         processing_class: Its tokenizer or processor, or a `ChatCodec` with it.
         batch_size: Rows decoded together.
         refill: Whether a finished row's place is taken by the next prompt (`SlotDecoder`); otherwise, and where the
-            model's attention implementation has no mask per row, batches run by `model.generate` to their longest row.
+            model's attention implementation has no mask per row or layers are recurrent, batches run by `model.generate`
+            to their longest row.
         prefixes: Shared with whoever scores with the same model.
     """
-
-    one_context = True
 
     def __init__(
         self,
@@ -94,8 +110,9 @@ class TransformersEngine(Engine):
         self.model_name = str(getattr(model.config, "_name_or_path", "") or type(model).__name__)
         in_slots = refill and can_decode_in_slots(model)
         self._slots = SlotDecoder(model, self.end_ids, slots=batch_size) if in_slots else None
+        self.max_contexts = _MOST_CONTEXTS if in_slots else 1
         self._waiting: deque[Request] = deque()  # where batches run by `generate`
-        self._under_way = 0
+        self._under_way: set[Request] = set()
         self._behind: contextlib.ExitStack | None = None
 
     @property
@@ -109,29 +126,30 @@ class TransformersEngine(Engine):
             try:
                 yield
             finally:
-                self._leave()
+                self._end(list(self._under_way))
                 self._waiting.clear()
-                self._under_way = 0
                 if self._slots is not None:
                     self._slots.clear()
 
     def room(self) -> int:
-        return self.batch_size - self._under_way
+        return self.batch_size - len(self._under_way)
 
     @property
     def works_here(self) -> bool:
-        return self._under_way > 0
+        return bool(self._under_way)
 
     def begin(self, requests: Sequence[Request]) -> None:
-        if requests and self._behind is None:
-            self._behind = contextlib.ExitStack()
-            self._behind.enter_context(self.prefixes.behind(requests[0].context))
-        self._under_way += len(requests)
-        if self._slots is None:
-            self._waiting += requests
-            return
         for request in requests:
-            self._slots.begin(request, request.prompt, request.max_new_tokens, request.temperature, request.seed)
+            prefix = self.prefixes.hold(request.context)
+            self._under_way.add(request)
+            if self._slots is not None:
+                settings = (request.max_new_tokens, request.temperature, request.seed)
+                self._slots.begin(request, request.prompt, *settings, prefix)
+        if self._slots is None:
+            if requests and self._behind is None:
+                self._behind = contextlib.ExitStack()
+                self._behind.enter_context(self.prefixes.behind(requests[0].context))
+            self._waiting += requests
 
     def step(self) -> list[Outcome]:
         if not self._under_way:
@@ -144,13 +162,14 @@ class TransformersEngine(Engine):
                 outcomes = [Outcome(request, Generation(tokens)) for request, tokens in self._slots.step()]
                 if outcomes:
                     break
-        self._under_way -= len(outcomes)
-        if not self._under_way:
-            self._leave()
+        self._end([outcome.request for outcome in outcomes])
         return outcomes
 
-    def _leave(self) -> None:
-        if self._behind is not None:
+    def _end(self, requests: Sequence[Request]) -> None:
+        for request in requests:
+            self._under_way.discard(request)
+            self.prefixes.release(request.context)
+        if not self._under_way and self._behind is not None:
             self._behind.close()
             self._behind = None
 

@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from typing import Any
 
 import pytest
 import torch
 
 from peft_cartridges import KVPrefix, shared_prefix
-from peft_cartridges.self_study.engines import Request, TransformersEngine
+from peft_cartridges.self_study.dispatch import Dispatcher
+from peft_cartridges.self_study.engines import (
+    ContextPrefixes,
+    Outcome,
+    Request,
+    TransformersEngine,
+    slots,
+    transformers,
+)
 from peft_cartridges.self_study.engines.slots import SlotDecoder, can_decode_in_slots
 from tests.tiny_models import tiny_model, tiny_tokenizer, token_ids
 
@@ -49,6 +58,94 @@ def test_greedy_rows_are_those_of_generate(name: str, with_prefix: bool) -> None
         found = SlotDecoder(model, ends, slots=3).generate(prompts, max_new_tokens=14, temperature=0, seeds=range(11))
     assert found == [_cut(row, ends) for row in endless]
     assert len(set(map(len, found))) > 1, "rows of one length would show nothing"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_rows_behind_prefixes_of_their_own_are_those_of_generate(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(slots, "_PIECE", 8)  # prompts are prefilled in pieces of like length
+    model, prompts = tiny_model(name), _prompts()
+    prefixes = [KVPrefix.from_input_ids(model, token_ids(length, seed=99)) for length in (20, 13)]
+    of_rows = [[*prefixes, None][number % 3] for number in range(len(prompts))]
+    expected = {}
+    for number, prefix in enumerate(of_rows):
+        with contextlib.nullcontext() if prefix is None else shared_prefix(model, prefix):
+            expected[number] = _cut(_one_by_one(model, [prompts[number]], 10)[0], ENDS)
+    decoder, found = SlotDecoder(model, ENDS, slots=4), {}
+    for number, prompt in enumerate(prompts):
+        decoder.begin(number, prompt, 10, 0.0, number, of_rows[number])
+    while len(found) < len(prompts):
+        found.update(decoder.step())
+    assert found == expected
+
+
+class _Asking:
+    """Three questions about one context, each followed by another."""
+
+    def __init__(self, number: int) -> None:
+        self.context = tuple(token_ids(9 + number, seed=number).tolist())
+        self.prompts = [token_ids(3 + turn, seed=50 * number + turn).tolist() for turn in range(3)]
+        self.left, self.answers = 6, []
+
+    @property
+    def finished(self) -> bool:
+        return not self.left
+
+    def begin(self) -> list[Request]:
+        return [Request(self.context, prompt, 4 + 3 * turn) for turn, prompt in enumerate(self.prompts)]
+
+    def receive(self, outcome: Outcome) -> list[Request]:
+        assert outcome.generation is not None
+        self.left -= 1
+        self.answers.append((outcome.request.prompt, outcome.generation.token_ids))
+        again = len(outcome.request.prompt) < 6
+        return [Request(self.context, [*outcome.request.prompt, 7, 8, 9], 5)] if again else []
+
+
+@pytest.mark.parametrize("most", [1, 2, 8])
+def test_conversations_about_many_chunks_are_those_about_one_at_a_time(
+    most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_model()
+    expected = []
+    for number in range(7):
+        job = _Asking(number)
+        Dispatcher([TransformersEngine(model, tiny_tokenizer(), batch_size=2)]).run([job], lambda job: None)
+        expected.append(sorted(job.answers))
+    read: Counter[int] = Counter()
+    monkeypatch.setattr(transformers, "_MOST_CONTEXTS", most)
+    from_ids = KVPrefix.from_input_ids
+    monkeypatch.setattr(
+        KVPrefix, "from_input_ids", lambda model, ids: (read.update([len(ids)]), from_ids(model, ids))[1]
+    )
+    engine, together = TransformersEngine(model, tiny_tokenizer(), batch_size=10), []
+    step = engine.step
+
+    def noted() -> list[Outcome]:
+        together.append(len({request.context for request in engine._under_way}))
+        return step()
+
+    monkeypatch.setattr(engine, "step", noted)
+    jobs, ended = [_Asking(number) for number in range(7)], []
+    Dispatcher([engine]).run(jobs, ended.append)
+    assert [sorted(job.answers) for job in jobs] == expected and set(ended) == set(jobs)
+    assert max(together) == min(most, 6)  # of three conversations each, ten in flight
+    assert read == {9 + number: 1 for number in range(7)}, "each context is read once"
+    assert not engine.prefixes._held and len(engine.prefixes._kept) <= max(2, most)
+
+
+def test_prefixes_that_are_held_stay() -> None:
+    prefixes = ContextPrefixes(tiny_model(), size=1)
+    contexts = [tuple(token_ids(5, seed=seed).tolist()) for seed in range(4)]
+    held = [prefixes.hold(context) for context in contexts[:3]]
+    prefixes.get(contexts[3])
+    assert [prefixes.get(context) for context in contexts[:3]] == held
+    again = prefixes.hold(contexts[0])
+    for context in contexts[:3]:
+        prefixes.release(context)
+    prefixes.get(tuple(token_ids(6).tolist()))
+    assert prefixes.get(contexts[0]) is again is held[0], "held twice and released once"
+    assert prefixes.get(contexts[1]) is not held[1]
+    assert prefixes.hold(()) is None
 
 
 def test_finished_rows_make_room_at_once() -> None:
