@@ -1,5 +1,6 @@
 """General conversations, whose teacher has no text in its context: they keep a cartridge from changing what has nothing
-to do with its text. The model writes them itself, or they are a data set of the user's.
+to do with its text. The model answers requests that come with this package, and beyond these asks itself; or they are a data
+set of the user's.
 
 Mixing such rows into a cartridge's training is not in the paper; Cartridges++ describes the harm without them.
 """
@@ -17,6 +18,7 @@ from typing import Any
 from datasets import load_dataset
 
 from ..chat import ChatCodec
+from ..gate import GENERAL_REQUESTS
 from ..hub_errors import hub_errors
 from .conversation import Conversation, Plan, Turn
 from .prompts import GENERAL_FOLLOW_UPS, draw_general_prompt
@@ -34,9 +36,16 @@ def num_off_context(conversations: int, share: float) -> int:
     return round(conversations * share / (1 - share))
 
 
-def plan_general(rng: random.Random, args: SynthesisConfig, question: str = "") -> Plan:
+def general_request(index: int, seed: int) -> str:
+    """A request of this package's own, each once in an order of the seed; empty where there are no more. What small models
+    ask for themselves is more of a kind, and often no request at all."""
+    if index >= len(GENERAL_REQUESTS):
+        return ""
+    return random.Random(f"{seed}/{GENERAL}").sample(GENERAL_REQUESTS, len(GENERAL_REQUESTS))[index]
+
+
+def plan_general(kind: str, rng: random.Random, question: str = "") -> Plan:
     """How a conversation that the model writes begins; with a `question`, that is what it answers first."""
-    kind = GIVEN if question else GENERAL
     return Plan(kind, draw_general_prompt(rng), "", rng.getrandbits(62), question, GENERAL_FOLLOW_UPS)
 
 

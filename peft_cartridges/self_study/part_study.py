@@ -20,7 +20,7 @@ from ..corpus import Chunk
 from .conversation import Conversation
 from .dialogue import Dialogue, SeedPrompts, plan_dialogue, recite
 from .engines import Outcome, Request
-from .off_context import GENERAL, GIVEN, GivenConversations, given_conversation, plan_general
+from .off_context import GENERAL, GIVEN, GivenConversations, general_request, given_conversation, plan_general
 from .quality import Candidate, make_filters
 from .synthesis_config import SynthesisConfig
 
@@ -157,12 +157,12 @@ class PartStudy:
             self._held, self._given = [], []
             for place in missing:
                 rng = random.Random(f"{self.args.synthesis_seed}/{self.part.about}/{place.name}/{self._attempt}")
-                question, answer = self._given_rows[int(place.name)] if place.kind == GIVEN else ("", "")  # type: ignore[index]
+                question, answer = self._given_exchange(place)
                 if place.kind == RECITATION or answer:
                     self._given.append((place, self._ready_made(rng, question, answer)))
                     continue
                 if self.chunk is None:
-                    plan = plan_general(rng, self.args, question)
+                    plan = plan_general(place.kind, rng, question)
                 else:
                     plan = plan_dialogue(self.chunk, place.kind, rng, self.args, self.seed_prompts)
                 dialogue = Dialogue(plan, self.context, self.codec, self.args, self.window)
@@ -176,6 +176,14 @@ class PartStudy:
         self.finished = True
         self.report["kept"] = sum(place.made is not None for place in self._places)
         return []
+
+    def _given_exchange(self, place: _Place) -> tuple[str, str]:
+        """A question and its answer, of which one or both may be the model's to find: those are empty."""
+        if place.kind == GIVEN:
+            return self._given_rows[int(place.name)]  # type: ignore[index]
+        if place.kind == GENERAL and place.name.isdigit() and self._attempt == 0:
+            return general_request(int(place.name), self.args.synthesis_seed), ""
+        return "", ""
 
     def _ready_made(self, rng: random.Random, question: str, answer: str) -> Conversation | None:
         """A recitation, or what was given."""

@@ -88,7 +88,7 @@ class SynthesisConfig:
     )
     off_context_dataset: str | None = _decides(
         "General conversations or prompts of your own (`messages`, or `prompt` and `completion`): a file of JSON lines, or "
-        "a data set's name on the Hub. By default the model writes them itself.",
+        "a data set's name on the Hub. By default the model answers requests of this package's own, and then asks itself.",
         None,
     )
     num_rounds: int = _decides(

@@ -14,6 +14,7 @@ from peft_cartridges import SelfStudySynthesizer, load_self_study
 from peft_cartridges.chat import ChatCodec
 from peft_cartridges.conversations import format_conversation, format_report, read_report, save_self_study
 from peft_cartridges.conversations.rows import off_context_rows
+from peft_cartridges.self_study import off_context
 from peft_cartridges.self_study.off_context import GivenConversations, num_off_context
 from peft_cartridges.self_study.quality import Candidate, Refusal, VagueQuestion
 from tests.self_study import runs
@@ -73,6 +74,16 @@ def test_their_answers_are_what_the_bare_model_says() -> None:
     for row in _general(dataset):
         likeliest = tiny_model().lm_head(_bare_states(row)).argmax(-1).tolist()
         assert likeliest == [token for token, on in zip(row["input_ids"], row["completion_mask"], strict=True) if on]
+
+
+def test_the_packages_own_requests_come_first_each_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    requests = ("who is old ?", "what is blue ?", "is this new ?")
+    monkeypatch.setattr(off_context, "GENERAL_REQUESTS", requests)
+    settings = {"num_conversations": 5, "off_context_share": 0.5, "quality_filters": []}
+    asked = [row["messages"][0]["content"] for row in _general(runs.synthesize(None, **settings))]
+    assert len(asked) == 5 and set(asked[:3]) == set(requests), "and then the model asks"
+    orders = {tuple(off_context.general_request(i, seed) for i in range(3)) for seed in range(20)}
+    assert len(orders) > 1 and all(set(order) == set(requests) for order in orders)
 
 
 def test_a_system_prompt_stands_in_front_of_them_too() -> None:
