@@ -176,6 +176,19 @@ def save(args: argparse.Namespace, name: str, results: Any) -> Path:
     return path
 
 
+def git_commit() -> str:
+    """The commit that is measured; `+` where the code differs from it."""
+    command = ["git", "-C", str(Path(__file__).parent.parent)]
+    try:
+        commit = subprocess.run([*command, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
+        changed = subprocess.run(
+            [*command, "status", "--porcelain", "--", "peft_cartridges", "benchmarks"], capture_output=True, text=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return "no commit"
+    return commit.stdout.strip() + ("+" if changed.stdout.strip() else "")
+
+
 def print_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
     """A Markdown table."""
     cells = [[_cell(value) for value in row] for row in rows]

@@ -6,7 +6,7 @@
     python -m benchmarks.results --list
 
 Each cell is a JSON line in `--output`; cells that are there with the same settings are left out, so the same command
-carries on after a stop, and `--fresh` begins anew. The page is written from the lines at the end of each run, also after
+carries on after a stop, and `--fresh` makes those that are asked for anew. The page is written from the lines at the end of each run, also after
 Ctrl-C: `docs/results.md`, or with the small budget, whose self-studies are too short to say how good a cartridge gets,
 `outputs/results/results.md`. Documents: the two of `examples/data`, and those of QASPER, QuALITY and LooGLE, from the Hub or from `--data
 FOLDER` (`qasper.jsonl`, `quality.jsonl`, `loogle.jsonl`, `general.jsonl`, `longhealth.json`; rows as in
@@ -25,7 +25,6 @@ import argparse
 import json
 import shlex
 import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -33,6 +32,8 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
+from benchmarks.harness import git_commit
+from peft_cartridges.atomic_files import write_text
 from peft_cartridges.evaluation import Document
 
 from .page import write_page
@@ -56,7 +57,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--skip", nargs="*", default=[], metavar="BASELINE", help="baselines to leave out, e.g. summary"
     )
     parser.add_argument("--list", action="store_true", help="list the cells and stop")
-    parser.add_argument("--fresh", action="store_true", help="leave out nothing: delete what is kept first")
+    parser.add_argument(
+        "--fresh", action="store_true", help="make what is kept anew; with `--only`, those groups' cells"
+    )
     parser.add_argument("--page-only", action="store_true", help="write the page from the lines that are there")
     parser.add_argument("--model", default=".models/SmolLM2-135M-Instruct")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
@@ -82,6 +85,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="(default: docs/results.md, of other models docs/results-MODEL.md; with the small budget in --work)",
     )
     args = parser.parse_args(argv)
+    if args.fresh and args.page_only:
+        parser.error("--fresh and --page-only: the page is written from the lines that --fresh would leave out")
     name = Path(args.model).name.lower()
     folder = args.work if args.budget == "small" else ROOT / "docs"
     args.output = args.output or folder / "results" / f"{name}-{args.budget}.jsonl"
@@ -104,8 +109,7 @@ def main(argv: list[str] | None = None) -> None:
         return
     settings = settings_of(budget, args.model, args.dtype)
     if args.fresh:
-        args.output.unlink(missing_ok=True)
-        shutil.rmtree(args.work, ignore_errors=True)
+        _forget(args, [cell.name for cell in cells if cell.group in (args.only or [cell.group])])
     if not args.page_only:
         _carry_out(args, argv, budget, cells, documents, general, settings)
     records = list(read_records(args.output, settings).values())
@@ -128,7 +132,7 @@ def _carry_out(
     run, start = Run(args, budget, documents, general), time.perf_counter()
     # Where things lie on this machine is no part of what was run.
     given = [Path(word).name if Path(word).is_absolute() else word for word in (sys.argv[1:] if argv is None else argv)]
-    about = {"command": shlex.join(["python", "-m", "benchmarks.results", *given]), "commit": _commit()}
+    about = {"command": shlex.join(["python", "-m", "benchmarks.results", *given]), "commit": git_commit()}
     try:
         for cell in cells:
             if cell.name in read_records(args.output, settings) or cell.group not in (args.only or [cell.group]):
@@ -145,17 +149,14 @@ def _carry_out(
         print(f"\ninterrupted; finished cells are kept in {args.output}; the same command carries on")
 
 
-def _commit() -> str:
-    """The commit that is measured; `+` where the code differs from it."""
-    command = ["git", "-C", str(ROOT)]
-    try:
-        commit = subprocess.run([*command, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
-        changed = subprocess.run(
-            [*command, "status", "--porcelain", "--", "peft_cartridges", "benchmarks"], capture_output=True, text=True
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return "no commit"
-    return commit.stdout.strip() + ("+" if changed.stdout.strip() else "")
+def _forget(args: argparse.Namespace, cells: Sequence[str]) -> None:
+    """Lines of these cells, and what of each document the runs of this command have kept: conversations and cartridges,
+    which are several cells', so that all are made anew."""
+    kept = [record for name, record in read_records(args.output).items() if name not in cells]
+    if args.output.exists():
+        write_text(args.output, "".join(json.dumps(record) + "\n" for record in kept))
+    for folder in args.work.glob("*/partial"):
+        shutil.rmtree(folder.parent)
 
 
 def _of_budgets(name: str) -> str:

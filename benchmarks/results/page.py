@@ -55,7 +55,7 @@ def write_page(records: Sequence[Record], path: Path, *, cells: Sequence[str] = 
 def _head(results: Results, cells: Sequence[str], budget: str) -> str:
     records = results.records
     commands = list(dict.fromkeys(r["command"] for r in records if "command" in r))
-    commits = list(dict.fromkeys(r["commit"] for r in records if "commit" in r))
+    commits = list(dict.fromkeys(r[key] for key in ("commit", "trained_at") for r in records if key in r))
     machines = list(dict.fromkeys(r["machine"] for r in records if "machine" in r))
     minutes = sum(r["seconds"] for r in records) / 60
     settings = next((r["settings"] for r in records if "settings" in r), {})

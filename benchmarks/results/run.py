@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 import platform
+import shutil
 import statistics
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -18,6 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
+from benchmarks.harness import git_commit
 from peft_cartridges import (
     CartridgeConfig,
     KVPrefix,
@@ -330,7 +332,7 @@ class Run:
             "num_tokens": num_tokens, "text_tokens": tokens, "steps": steps, "conversations": len(conversations),
             "synthesis_seconds": round(synthesis_seconds, 3),
             "start_seconds": round(begin_of_training.at - start, 3),
-            "train_seconds": round(end - begin_of_training.at, 3), "losses": losses,
+            "train_seconds": round(end - begin_of_training.at, 3), "losses": losses, "trained_at": git_commit(),
         }  # fmt: skip
         save_file({"prompt_embeddings": prefix.to_prompt_embeddings().cpu()}, file)
         facts_file.write_text(json.dumps(facts))
@@ -346,6 +348,8 @@ class Run:
         )
         folder = self.work / "conversations" / f"{name}-{share}-{kinds}"
         spent = folder / "seconds.json"
+        if not spent.exists():  # of a run that was stopped, what it took so far is not known
+            shutil.rmtree(folder, ignore_errors=True)
         start = self.clock()
         dataset = SelfStudySynthesizer(self.model, self.tokenizer, config).synthesize(text, output_dir=folder)
         if not spent.exists():

@@ -119,3 +119,29 @@ def test_the_gate_benchmark_measures_every_method_and_carries_on(tmp_path: Path)
         kl = record["general_kl"]
         assert kl["gated"] == 0.0 == kl["accepted"] and kl["cartridge"] > 0 < kl["full_text"]
     assert " words |" in done.stdout and "gate : full text" in done.stdout
+
+
+def test_choosing_leaves_out_only_what_was_measured_alike(tmp_path: Path) -> None:
+    model = tiny_model()
+    model.config.max_position_embeddings = 4096  # that the trainer's own lengths fit
+    model.save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    text = " ".join(f"the captain says w{number} . the new ship is red ." for number in range(50, 110))
+    row = {"id": "qasper-0", "text": text, "questions": [{"question": "what says the captain ?", "answer": "w50"}]}
+    (tmp_path / "qasper.jsonl").write_text(json.dumps(row) + "\n")
+    (tmp_path / "general.jsonl").write_text(json.dumps({"prompt": "is it new ?", "answer": "no ."}) + "\n")
+    lines = tmp_path / "lines.jsonl"
+    common = [sys.executable, "-m", "benchmarks.choosing", "--output", str(lines)]
+    command = [*common, "qasper-0", "--data", str(tmp_path), "--model", str(tmp_path / "model"), "--dtype", "float32"]
+    command += ["--device", "cpu", "--work", str(tmp_path / "work")]
+    command += ["--run", "num_conversations=8", "max_steps=2", "max_answer_tokens=8", "initialization=first_tokens"]
+    for options, number in (([], 1), ([], 1), (["--held-out", "2"], 2)):
+        done = subprocess.run([*command, *options], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert len(lines.read_text().splitlines()) == number
+    first, second = map(json.loads, lines.read_text().splitlines())
+    assert first["synthesis_seconds"] == second["synthesis_seconds"] > 0, "written once, told with both"
+    assert first["commit"] and first["conversations_closed"] is None is not second["conversations_closed"]
+    drawn = subprocess.run([*common, "--table", "--plot", str(tmp_path / "plot.png")], cwd=ROOT, capture_output=True)
+    assert drawn.returncode == 0 and b"| qasper-0 |" in drawn.stdout.replace(b"  ", b" ").replace(b"|  ", b"| ")
+    assert (tmp_path / "plot.png").stat().st_size > 1000

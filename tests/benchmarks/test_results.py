@@ -118,6 +118,22 @@ def test_trained_cells_their_variants_and_compositions(folder: Path) -> None:
     assert "| LoRA of equal bytes |" in written and "| composed without training" in written
 
 
+def test_fresh_makes_anew_what_is_asked_for_and_touches_nothing_else(folder: Path) -> None:
+    _run(folder, "--only", "cost", "baselines")
+    lines = folder / "out" / "lines.jsonl"
+    (folder / "work" / "thesis.txt").write_text("somebody's own")
+    (folder / "work" / "notes").mkdir()
+    before = records.read_records(lines)
+    lines.write_text("".join(json.dumps({**record, "commit": "old"}) + "\n" for record in before.values()))
+    _, found = _run(folder, "--only", "cost", "--fresh")
+    assert [name for name, record in found.items() if record["commit"] != "old"] == ["cost/qasper-0"]
+    assert (
+        set(found) == set(before) and (folder / "work" / "thesis.txt").exists() and (folder / "work" / "notes").exists()
+    )
+    with pytest.raises(SystemExit):
+        _run(folder, "--fresh", "--page-only")
+
+
 def _record(name: str, group: str, nll: float, document: str = "d", count: int = 4, **params: Any) -> dict[str, Any]:
     def system(kind: str, values: list[float]) -> dict[str, Any]:
         return {"name": kind, "num_tokens": 1, "items": {"gold_nll": {"values": values, "weights": [1.0] * count}}}
