@@ -49,7 +49,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--budget",
         choices=list(BUDGETS),
         default="small",
-        help="small takes half an hour on two cores, full six (default: small)",
+        help="small takes some 50 minutes of one processor, full six hours of two (default: small)",
     )
     parser.add_argument("--minutes", type=float, default=1e9, help="begin no further cell after so many minutes")
     parser.add_argument("--only", nargs="*", default=[], metavar="GROUP", help="only these groups of cells")

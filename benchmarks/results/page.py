@@ -74,7 +74,7 @@ def _head(results: Results, cells: Sequence[str], budget: str) -> str:
         else ""
     )
     small = (
-        "\n\nThe small budget shows that everything runs, in half an hour. Its self-studies are a fraction of what `cartridges "
+        "\n\nThe small budget shows that everything runs, in some 50 minutes of one processor. Its self-studies are a fraction of what `cartridges "
         "train` makes by default, too short to gain on what a cartridge begins with: what more of it gives is in "
         "[training.md](training.md)."
         if budget == "small"
