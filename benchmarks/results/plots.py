@@ -36,20 +36,36 @@ def _line(axes: Any, points: Iterable[tuple[float, Estimate]], **style: Any) -> 
 
 
 def plot_baselines(results: Results, rows: Sequence[Row], path: Path) -> None:
-    """The gap closed against how far the model moves off the text."""
-    with _axes(path) as axes:
-        for number, (label, records, system) in enumerate(rows):
-            on, off = (results.figure(records, str(system), metric) for metric in ("gap_closed", "general_kl"))
-            if on is None or off is None:
-                continue
-            ours = label.startswith("**")
-            axes.plot([off.value], [on.value], "*" if ours else "o", markersize=14 if ours else 6)
-            offset = (5, 3) if number % 2 else (5, -9)
-            axes.annotate(
-                label.strip("*"), (off.value, on.value), textcoords="offset points", xytext=offset, fontsize=7
-            )
-        axes.margins(x=0.15)
-        axes.set(xlabel="off the text: KL from the bare model, nats a token", ylabel="gap closed on the text")
+    """The gap closed, and how far the model moves off the text: a row for each way, the best first. What is far off the
+    others is cut, with its figure at the edge."""
+    drawn = []
+    for label, records, system in rows:
+        on, off = (results.figure(records, str(system), metric) for metric in ("gap_closed", "general_kl"))
+        if on is not None and off is not None:
+            drawn.append((on, off, label))
+    drawn.sort(key=lambda row: row[0].value)
+    plt = pyplot()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure, sides = plt.subplots(1, 2, sharey=True, figsize=(9.5, 1 + 0.24 * len(drawn)))
+    edges = {0: (-0.25, 1.15), 1: (0.0, 0.45)}
+    for side, axes in enumerate(sides):
+        low, high = edges[side]
+        for place, row in enumerate(drawn):
+            value = row[side].value
+            color = "tab:orange" if row[2].startswith("**") else "tab:blue"
+            axes.barh(place, min(max(value, low), high), color=color)
+            if not low <= value <= high:
+                axes.annotate(f" {value:.2f} ", (min(max(value, low), high), place), va="center", fontsize=7,
+                              ha="left" if value < low else "right", color="white")  # fmt: skip
+        axes.set_xlim(low, high)
+        axes.grid(axis="x", alpha=0.3)
+    sides[0].axvline(1.0, color="gray", linewidth=0.8)
+    sides[0].set_yticks(range(len(drawn)), [label.strip("*") for *_, label in drawn], fontsize=8)
+    sides[0].set_xlabel("gap closed on the text (more is better)")
+    sides[1].set_xlabel("KL off the text, nats a token (less is better)")
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
 
 
 def plot_sizes(results: Results, quality: Sequence[Record], sizes: Sequence[Record], path: Path) -> None:
