@@ -10,10 +10,21 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model
 
-from peft_cartridges import HubError, KVPrefix, check_base_model, load_cartridge, pull_cartridge, push_cartridge
+from peft_cartridges import (
+    CartridgeConfig,
+    HubError,
+    KVPrefix,
+    check_base_model,
+    initialize_cartridge,
+    load_cartridge,
+    pull_cartridge,
+    push_cartridge,
+)
+from peft_cartridges.cli import main
 from peft_cartridges.hub import CardFacts, build_model_card, identify_base_model, load_facts, save_facts
+from tests.causal_lms import tiny_causal_lm
 from tests.exactness import cartridge_model
 from tests.hub.local_hub import LocalHub
 from tests.test_adapter_folder import CONFIG, WEIGHTS, edit_config, saved
@@ -47,6 +58,25 @@ def test_one_line_loads_base_model_cartridge_and_tokenizer(hub: LocalHub, tmp_pa
     assert tokenizer("the sea")["input_ids"] == tiny_tokenizer()("the sea")["input_ids"]
     trainable, _ = load_cartridge("user/handbook", is_trainable=True)
     assert trainable.training and any(p.requires_grad for p in trainable.parameters())
+
+
+@pytest.mark.parametrize("name", ["qwen3_next", "mamba2"])
+def test_states_of_recurrent_layers_come_back_from_the_hub(
+    hub: LocalHub, tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model: Any = tiny_causal_lm(name)
+    model.save_pretrained(tmp_path / "base")
+    tiny_tokenizer().save_pretrained(tmp_path / "base")
+    hub.add_repo("org/base", {path.name: path.read_bytes() for path in (tmp_path / "base").iterdir()})
+    prefix = KVPrefix.from_input_ids(model, token_ids(10))
+    peft_model = get_peft_model(model, CartridgeConfig(num_tokens=10 if prefix.keys else 0)).eval()
+    initialize_cartridge(peft_model, prefix=prefix)
+    with torch.no_grad():
+        expected = peft_model(input_ids=ROW).logits
+        push_cartridge(peft_model, "user/handbook", base_model="org/base")
+        torch.testing.assert_close(load_cartridge("user/handbook")[0](input_ids=ROW).logits, expected)
+    main(["info", "user/handbook"])
+    assert f"of {len(prefix.states)} recurrent layers" in capsys.readouterr().out
 
 
 def test_the_usage_block_of_the_card_runs(hub: LocalHub, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

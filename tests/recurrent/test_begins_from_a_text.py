@@ -311,6 +311,9 @@ def test_a_prefix_of_another_model() -> None:
     other = KVPrefix(prefix.keys, prefix.values, tuple({"conv": state["conv"]} for state in prefix.states))
     with pytest.raises(ValueError, match=r"`prefix` was made by another model: it has the state"):
         shared_prefix(model, other)
+    cut = tuple({name: tensor[:1] for name, tensor in state.items()} for state in prefix.states)
+    with pytest.raises(ValueError, match=r"`prefix` was made by another model.*\(1, 8, 8\)"):
+        shared_prefix(model, KVPrefix(prefix.keys, prefix.values, cut))
 
 
 @pytest.mark.supports("Hybrid and recurrent models", "a kernel that ignores the state", on="qwen3_next", refused=True)

@@ -22,6 +22,8 @@ from peft_cartridges import (
     shared_prefix,
 )
 from peft_cartridges.adapter_folder import quantize_cartridge, read_cartridge
+from peft_cartridges.initialization.corpus_tokens import parts_of_at_most
+from peft_cartridges.tuner.states import join_states
 from tests.causal_lms import tiny_causal_lm
 from tests.exactness import assert_close, pad, unpad
 from tests.tiny_models import tiny_model, tiny_tokenizer
@@ -365,6 +367,24 @@ def test_a_recurrent_model_reads_a_text_of_any_length() -> None:
     same_states(peft_model.base_model.get_kv_prefix(), expected)
     with pytest.raises(ValueError, match=r"`strategy='first_tokens'` chooses tokens.*num_tokens=0"):
         initialize_cartridge(peft_model, TOKENIZER, text=WORDS, strategy="first_tokens")
+
+
+@pytest.mark.parametrize("strategy", ["first_tokens", "attention_matching"])
+def test_a_text_beyond_the_window_leaves_the_joined_states_of_its_parts(strategy: str) -> None:
+    model = tiny_causal_lm("qwen3_next")
+    model.config.max_position_embeddings = 32  # of a text of 60 tokens
+    first, rest = IDS[:1], IDS[1:]
+    cut = parts_of_at_most(31, rest)
+    assert len(cut) == 2
+    parts = [KVPrefix.from_input_ids(model, [*first, *part]).states for part in cut]
+    one = KVPrefix.from_input_ids(model, IDS[:32]).states
+    peft_model = get_peft_model(model, CartridgeConfig(num_tokens=10))
+    initialize_cartridge(peft_model, TOKENIZER, text=WORDS, strategy=strategy, chat_template=False)
+    made = peft_model.base_model.get_kv_prefix()
+    for layer, found in enumerate(made.states):
+        for part, want in join_states([states[layer] for states in parts]).items():
+            assert_close(found[part], want)
+    assert not torch.allclose(made.states[0]["recurrent"], one[0]["recurrent"])
 
 
 def test_other_beginnings() -> None:
