@@ -6,6 +6,7 @@ Their blocks are given the states that they go on from, and give back those that
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -67,6 +68,7 @@ class ListMemory:
         begin: dict[str, Tensor],
         own: Any,
     ) -> tuple[Any, dict[str, Tensor]]:
+        _refuse_without_gradient(layer, begin)
         columns = [_Column(begin[name]) for name in self.names]
         output = forward(**{**arguments, self.parameter: columns})
         output = tuple(None if part is columns else part for part in output)
@@ -123,6 +125,17 @@ class BlockMemory:
 
     def output(self, output: Any, own: Any, states: Mapping[str, Tensor]) -> Any:
         return (output[0], tuple(states[name] for name in self.names))
+
+
+def _refuse_without_gradient(layer: RecurrentLayer, begin: Mapping[str, Tensor]) -> None:
+    """transformers' `RwkvLinearAttention` gives back no gradient of the state: a trained one would learn nothing."""
+    kernel = getattr(sys.modules[type(layer.module).__module__], "rwkv_cuda_kernel", None)
+    if kernel is not None and any(tensor.requires_grad and tensor.is_cuda for tensor in begin.values()):
+        raise ValueError(
+            f"`{layer.name}` ({type(layer.module).__name__}) would run RWKV's CUDA kernel, which gives no gradient to the "
+            "state that it begins from: set `transformers.models.rwkv.modeling_rwkv.rwkv_cuda_kernel = None` to train with "
+            'PyTorch\'s operations, or keep the states as they are (`recurrent_state="initialize"`).'
+        )
 
 
 OwnMemory = ListMemory | BlockMemory

@@ -5,13 +5,16 @@ from __future__ import annotations
 import contextvars
 import copy
 import threading
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import DynamicCache, StaticCache, cache_utils
 from transformers.models.qwen3_next import modeling_qwen3_next
+from transformers.models.rwkv import modeling_rwkv
 
 from peft_cartridges import KVPrefix, UnsupportedModelError, shared_prefix
 from peft_cartridges.attention.probe import find_recurrent_layers, get_text_config
@@ -330,6 +333,20 @@ def test_a_kernel_that_begins_from_zero(monkeypatch: pytest.MonkeyPatch) -> None
     with pytest.raises(UnsupportedModelError, match=r"`model.layers.0.linear_attn` .* begins every text from zero"):
         shared_prefix(model, prefix)
     assert ["forward" in module.__dict__ for _, module in model.named_modules()] == ["forward" in d for _, d in before]
+
+
+def test_a_kernel_without_a_gradient_of_the_state_is_not_trained_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(modeling_rwkv, "rwkv_cuda_kernel", SimpleNamespace(max_seq_length=0))
+    layer, *_ = find_recurrent_layers(tiny_causal_lm("rwkv"))
+
+    def run(**options: Any) -> Any:
+        begin = {name: torch.empty(1, *state.shape, **options) for name, state in layer.states.items()}
+        return layer.memory.run(layer, lambda **_: ("ran",), {}, begin, None)[0]
+
+    with FakeTensorMode():  # a GPU's tensors, without one
+        assert run(device="cuda") == run(device="cpu", requires_grad=True) == ("ran",)
+        with pytest.raises(ValueError, match=r"RWKV's CUDA kernel, which gives no gradient.*rwkv_cuda_kernel = None"):
+            run(device="cuda", requires_grad=True)
 
 
 @pytest.mark.parametrize("name", KINDS)
