@@ -116,7 +116,7 @@ class Measured:
         own = dict(settings)
         num_tokens = own.pop("num_tokens", None) or max(2, round(len(self.ids) / own.pop("shrink", 10)))
         commit = git_commit()
-        decides = [settings, self.args.dtype, str(self.args.model), commit]
+        decides = [settings, self.args.dtype, self.args.device, str(self.args.model), commit]
         key = hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:12]
         args = SelfStudyConfig(
             output_dir=str(self.args.work / self.document.id / key), save_steps=20, save_total_limit=1,
@@ -262,12 +262,7 @@ def main() -> None:
             plot(records, args.plot)
         return
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    with_these = _measured_with(args)
-    done = {
-        (record["document"], json.dumps(record["settings"]))
-        for record in records
-        if with_these == {name: record.get(name) for name in with_these}
-    }
+    done = {(record["document"], json.dumps(record["settings"])) for record in records if _is_alike(record, args)}
     for name in args.documents:
         task = name.split("-")[0]
         documents = load_task(TASKS[task], args.data and args.data / f"{task}.jsonl")
@@ -288,7 +283,13 @@ def main() -> None:
 def _measured_with(args: argparse.Namespace) -> dict[str, Any]:
     """What decides a record besides the document and the run's own settings."""
     model = Path(args.model).name
-    return {name: getattr(args, name) for name in ("dtype", "fits", "held_out")} | {"model": model}
+    return {name: getattr(args, name) for name in ("dtype", "device", "fits", "held_out")} | {"model": model}
+
+
+def _is_alike(record: dict[str, Any], args: argparse.Namespace) -> bool:
+    """Whether the command line asks for nothing else than what the record was measured with."""
+    asked = _measured_with(args)
+    return {name: record.get(name) for name in asked} == asked and set(args.quantize) <= set(record["quantized"])
 
 
 def _value(text: str) -> Any:

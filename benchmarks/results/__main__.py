@@ -27,17 +27,16 @@ import shlex
 import shutil
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness import git_commit
 from peft_cartridges.atomic_files import write_text
 from peft_cartridges.evaluation import Document
 
 from .page import write_page
-from .plan import BUDGETS, DOCUMENTS, ROOT, Budget, Cell, load_documents, plan, settings_of
+from .plan import BUDGETS, DOCUMENTS, ROOT, Budget, Cell, load_documents, plan, settings_of, work_folder
 from .records import read_records
 
 
@@ -109,7 +108,7 @@ def main(argv: list[str] | None = None) -> None:
         return
     settings = settings_of(budget, args.model, args.dtype)
     if args.fresh:
-        _forget(args, [cell.name for cell in cells if cell.group in (args.only or [cell.group])])
+        _forget(args, [cell.name for cell in cells if cell.group in (args.only or [cell.group])], settings)
     if not args.page_only:
         _carry_out(args, argv, budget, cells, documents, general, settings)
     records = list(read_records(args.output, settings).values())
@@ -132,7 +131,7 @@ def _carry_out(
     run, start = Run(args, budget, documents, general), time.perf_counter()
     # Where things lie on this machine is no part of what was run.
     given = [Path(word).name if Path(word).is_absolute() else word for word in (sys.argv[1:] if argv is None else argv)]
-    about = {"command": shlex.join(["python", "-m", "benchmarks.results", *given]), "commit": git_commit()}
+    about = {"command": shlex.join(["python", "-m", "benchmarks.results", *given]), "commit": run.commit}
     try:
         for cell in cells:
             if cell.name in read_records(args.output, settings) or cell.group not in (args.only or [cell.group]):
@@ -149,14 +148,21 @@ def _carry_out(
         print(f"\ninterrupted; finished cells are kept in {args.output}; the same command carries on")
 
 
-def _forget(args: argparse.Namespace, cells: Sequence[str]) -> None:
-    """Lines of these cells, and what of each document the runs of this command have kept: conversations and cartridges,
-    which are several cells', so that all are made anew."""
-    kept = [record for name, record in read_records(args.output).items() if name not in cells]
+def _forget(args: argparse.Namespace, cells: Sequence[str], settings: dict[str, Any]) -> None:
+    """Removes the lines of these cells, and what was kept for these settings: conversations and cartridges serve several
+    cells, so all of them are made anew. Whatever else lies in `--output` and `--work` stays."""
     if args.output.exists():
-        write_text(args.output, "".join(json.dumps(record) + "\n" for record in kept))
-    for folder in args.work.glob("*/partial"):
-        shutil.rmtree(folder.parent)
+        lines = args.output.read_text(encoding="utf-8").splitlines(keepends=True)
+        write_text(args.output, "".join(line for line in lines if not _is_of(line, cells, settings)))
+    shutil.rmtree(work_folder(args.work, settings), ignore_errors=True)
+
+
+def _is_of(line: str, cells: Collection[str], settings: dict[str, Any]) -> bool:
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError:  # cut short by a kill
+        return True
+    return record["name"] in cells and record.get("settings") == settings
 
 
 def _of_budgets(name: str) -> str:

@@ -55,7 +55,8 @@ def write_page(records: Sequence[Record], path: Path, *, cells: Sequence[str] = 
 def _head(results: Results, cells: Sequence[str], budget: str) -> str:
     records = results.records
     commands = list(dict.fromkeys(r["command"] for r in records if "command" in r))
-    commits = list(dict.fromkeys(r[key] for key in ("commit", "trained_at") for r in records if key in r))
+    commits = list(dict.fromkeys(r["commit"] for r in records if "commit" in r))
+    older = [c for c in dict.fromkeys(c for r in records for c in r.get("made_at", [])) if c not in commits]
     machines = list(dict.fromkeys(r["machine"] for r in records if "machine" in r))
     minutes = sum(r["seconds"] for r in records) / 60
     settings = next((r["settings"] for r in records if "settings" in r), {})
@@ -68,6 +69,8 @@ def _head(results: Results, cells: Sequence[str], budget: str) -> str:
         else ""
     )
     about = f" {', '.join(f'`{commit}`' for commit in commits)}" if commits else ""
+    if older:
+        about += f" (some of what they measure was made at {', '.join(f'`{commit}`' for commit in older)})"
     clock = (
         " Seconds are those that the process computed, over its threads: what the clock says on an idle machine."
         if any(r.get("clock") == "cpu" for r in records)

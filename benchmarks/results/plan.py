@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sys
 from dataclasses import asdict, dataclass, replace
@@ -157,3 +158,8 @@ def local_file(folder: Path | None, name: str) -> Path | None:
 def settings_of(budget: Budget, model: str, dtype: str) -> dict[str, Any]:
     """What decides a cell's figures beside the code: kept in its line, and a line with others is measured anew."""
     return {**asdict(budget), "model": Path(model).name, "dtype": dtype}
+
+
+def work_folder(work: Path, settings: dict[str, Any]) -> Path:
+    """Where the conversations and cartridges of these settings lie."""
+    return work / hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]

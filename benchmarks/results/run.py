@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import math
 import platform
@@ -29,6 +28,7 @@ from peft_cartridges import (
     SynthesisConfig,
     initialize_cartridge,
 )
+from peft_cartridges.atomic_files import write_text
 from peft_cartridges.chat import ChatCodec
 from peft_cartridges.evaluation import (
     Bench,
@@ -52,11 +52,13 @@ from peft_cartridges.evaluation.system import bare_system, prefix_system
 from peft_cartridges.evaluation.tasks import unanswerable_from
 from peft_cartridges.self_study.making_cost import making_phases
 
-from .plan import BASE, Budget, Cell, settings_of
+from .plan import BASE, Budget, Cell, settings_of, work_folder
 from .records import read_records, result_from_dict, rounded
 
 # A cartridge of a text beyond the window, and what is left of the window for a question behind what fits.
 _LONG_TOKENS, _LEFT = 768, 512
+# Of what was kept without its commit.
+_UNKNOWN = "unknown"
 
 
 class Run:
@@ -78,22 +80,28 @@ class Run:
         self.model = self.model.to(args.device).eval()
         self.codec = ChatCodec.of(self.model, self.tokenizer)
         self.settings = settings_of(budget, args.model, args.dtype)
-        digest = hashlib.sha256(json.dumps(self.settings, sort_keys=True).encode()).hexdigest()[:8]
-        self.work: Path = args.work / digest
-        (self.work / "partial").mkdir(parents=True, exist_ok=True)
+        self.work: Path = work_folder(args.work, self.settings)
+        for folder in ("partial", "references", "spent"):
+            (self.work / folder).mkdir(parents=True, exist_ok=True)
+        self.commit = git_commit()
         self._measuring: dict[tuple[str, bool], Measuring] = {}
         # On a CPU, seconds are those of an idle one.
         self.clock = cpu_clock if args.device == "cpu" else wall_clock
 
     def carry_out(self, cell: Cell) -> dict[str, Any]:
-        """The record of a cell."""
-        start = self.clock()
-        self._partial = self.work / "partial" / f"{cell.name.replace('/', '+')}.jsonl"
+        """The record of a cell: `seconds` also of what a stopped run of it has kept, `made_at` the other commits by which
+        something of it was made."""
+        name = cell.name.replace("/", "+")
+        self._partial, self._spent = self.work / "partial" / f"{name}.jsonl", self.work / "spent" / f"{name}.json"
+        earlier = json.loads(self._spent.read_text()) if self._spent.exists() else 0.0
+        self._begin, self._made_at = self.clock() - earlier, {self.commit}
         figures = getattr(self, cell.kind)(cell.document, **dict(cell.params))
-        self._partial.unlink(missing_ok=True)
+        seconds = self.clock() - self._begin
+        for file in (self._partial, self._spent):
+            file.unlink(missing_ok=True)
         return {
             "name": cell.name, "group": cell.group, "document": cell.document, "params": dict(cell.params),
-            "settings": self.settings, "seconds": round(self.clock() - start, 1),
+            "settings": self.settings, "seconds": round(seconds, 1), "made_at": sorted(self._made_at - {self.commit}),
             "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, {self.args.device}",
             "clock": "cpu" if self.clock is cpu_clock else "wall", **figures,
         }  # fmt: skip
@@ -119,7 +127,7 @@ class Run:
 
     def lora(self, document: str) -> dict[str, Any]:
         """LoRA of equal bytes, the same conversations and steps."""
-        conversations, seconds = self._conversations(document, self.documents[document].text, BASE)
+        conversations, seconds, _ = self._conversations(document, self.documents[document].text, BASE)
         bench = self._bench(
             document, conversations=conversations, steps=self.budget.steps, batch_size=self.budget.batch_size
         )
@@ -162,7 +170,7 @@ class Run:
         quarter as long as the base's, and of answering one question."""
         text, quarter = self.documents[document].text, {"share": 0.25, "asked": 0.25}
         _, facts = self._train(f"{document}-cost", text, **quarter)
-        rows, seconds = self._conversations(f"{document}-cost", text, {**BASE, **quarter})
+        rows, seconds, _ = self._conversations(f"{document}-cost", text, {**BASE, **quarter})
         bench = self._bench(document)
         size = next(self.model.parameters()).element_size()
         shape, machine = (
@@ -234,6 +242,10 @@ class Run:
 
     # -- what they share ---------------------------------------------------------------------------------------------
 
+    def _keep_seconds(self) -> None:
+        """Called where something has been kept, which the same cell does not make again after a stop."""
+        write_text(self._spent, json.dumps(self.clock() - self._begin))
+
     def _system(self, name: str, prefix: KVPrefix, **facts: Any) -> System:
         return prefix_system(name, self.model, self.codec, prefix, **facts)
 
@@ -255,18 +267,17 @@ class Run:
         measuring = self._measuring.get((document, generate)) or self._prepare(document, bench, generate)
         self._measuring[document, generate] = measuring
         references = self.work / "references" / f"{document}-{'all' if generate else 'likelihoods'}.jsonl"
-        references.parent.mkdir(exist_ok=True)
         # What a stop within a cell leaves is carried on from too.
-        kept = {
-            name: result_from_dict({**row, "name": name})
-            for file in (references, self._partial)
-            for name, row in read_records(file).items()
-        }
+        rows = {name: row for file in (references, self._partial) for name, row in read_records(file).items()}
+        self._made_at |= {row.pop("commit", _UNKNOWN) for row in rows.values()}
+        kept = {name: result_from_dict({**row, "name": name}) for name, row in rows.items()}
 
         def keep(name: str, result: SystemResult) -> None:
             file = references if name in ("no_context", "full_text") else self._partial
             with file.open("a", encoding="utf-8") as lines:
-                lines.write(json.dumps({**asdict(result), "system": result.name, "name": name}) + "\n")
+                row = {**asdict(result), "system": result.name, "name": name, "commit": self.commit}
+                lines.write(json.dumps(row) + "\n")
+            self._keep_seconds()
 
         report = measure_systems(
             measuring, systems, bench, baselines=baselines, kept=kept, finished=keep,
@@ -301,10 +312,12 @@ class Run:
             prefix = KVPrefix.from_prompt_embeddings(
                 flat, num_layers=config.num_hidden_layers, num_heads=config.num_key_value_heads
             )
-            return prefix, json.loads(facts_file.read_text())
+            facts = json.loads(facts_file.read_text())
+            self._made_at |= set(facts.pop("made_at", [_UNKNOWN]))
+            return prefix, facts
         tokens = len(self.codec.encode_context(text))
         num_tokens = params.get("num_tokens") or max(2, tokens // params["shrink"])
-        conversations, synthesis_seconds = self._conversations(name, text, params)
+        conversations, synthesis_seconds, written_at = self._conversations(name, text, params)
         start = self.clock()
         begin = params.get("start", "auto")
         steps = max(1, round(self.budget.steps * params.get("share", 1.0)))
@@ -332,14 +345,16 @@ class Run:
             "num_tokens": num_tokens, "text_tokens": tokens, "steps": steps, "conversations": len(conversations),
             "synthesis_seconds": round(synthesis_seconds, 3),
             "start_seconds": round(begin_of_training.at - start, 3),
-            "train_seconds": round(end - begin_of_training.at, 3), "losses": losses, "trained_at": git_commit(),
+            "train_seconds": round(end - begin_of_training.at, 3), "losses": losses,
         }  # fmt: skip
         save_file({"prompt_embeddings": prefix.to_prompt_embeddings().cpu()}, file)
-        facts_file.write_text(json.dumps(facts))
+        # Conversations of an older commit make a cartridge of both.
+        write_text(facts_file, json.dumps({**facts, "made_at": sorted({written_at, self.commit})}))
+        self._keep_seconds()
         return prefix, facts
 
-    def _conversations(self, name: str, text: str, params: Mapping[str, Any]) -> tuple[Any, float]:
-        """The conversations about a text, and the seconds that writing them took."""
+    def _conversations(self, name: str, text: str, params: Mapping[str, Any]) -> tuple[Any, float, str]:
+        """The conversations about a text, the seconds that writing them took, and the commit that wrote them."""
         kinds, share = params.get("seeds", 5), params["recitation_share"]
         options: dict[str, Any] = {"seed_types": ["question"]} if kinds == 1 else {}
         count = round(self.budget.conversations * params.get("asked", 1.0))
@@ -347,14 +362,17 @@ class Run:
             num_conversations=count, recitation_share=share, max_answer_tokens=self.budget.answer_tokens, **options
         )
         folder = self.work / "conversations" / f"{name}-{share}-{kinds}"
-        spent = folder / "seconds.json"
-        if not spent.exists():  # of a run that was stopped, what it took so far is not known
+        facts_file = folder / "written.json"
+        if not facts_file.exists():  # of a run that was stopped, what it took so far is not known
             shutil.rmtree(folder, ignore_errors=True)
         start = self.clock()
         dataset = SelfStudySynthesizer(self.model, self.tokenizer, config).synthesize(text, output_dir=folder)
-        if not spent.exists():
-            spent.write_text(json.dumps(self.clock() - start))
-        return dataset, json.loads(spent.read_text())
+        if not facts_file.exists():
+            write_text(facts_file, json.dumps({"seconds": self.clock() - start, "commit": self.commit}))
+            self._keep_seconds()
+        facts = json.loads(facts_file.read_text())
+        self._made_at.add(facts["commit"])
+        return dataset, facts["seconds"], facts["commit"]
 
 
 class _Begin(TrainerCallback):

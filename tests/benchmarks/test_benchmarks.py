@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from benchmarks import capacity
+from benchmarks import capacity, choosing
 from tests.tiny_models import tiny_model, tiny_tokenizer
 
 ROOT = Path(__file__).parents[2]
@@ -142,6 +143,10 @@ def test_choosing_leaves_out_only_what_was_measured_alike(tmp_path: Path) -> Non
     first, second = map(json.loads, lines.read_text().splitlines())
     assert first["synthesis_seconds"] == second["synthesis_seconds"] > 0, "written once, told with both"
     assert first["commit"] and first["conversations_closed"] is None is not second["conversations_closed"]
+    given: dict[str, Any] = {"model": "a/model", "dtype": "float32", "device": "cpu", "fits": 7000, "held_out": 0}
+    assert choosing._is_alike(first, Namespace(**given, quantize=[]))
+    assert not choosing._is_alike(first, Namespace(**given, quantize=["int8"]))
+    assert not choosing._is_alike(first, Namespace(**given | {"device": "cuda"}, quantize=[]))
     drawn = subprocess.run([*common, "--table", "--plot", str(tmp_path / "plot.png")], cwd=ROOT, capture_output=True)
     assert drawn.returncode == 0 and b"| qasper-0 |" in drawn.stdout.replace(b"  ", b" ").replace(b"|  ", b"| ")
     assert (tmp_path / "plot.png").stat().st_size > 1000

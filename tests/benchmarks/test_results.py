@@ -82,13 +82,22 @@ def test_a_stop_within_a_cell_loses_no_finished_method(folder: Path, monkeypatch
 
     monkeypatch.setitem(BASELINES, "interrupted", interrupted)
     monkeypatch.setattr(run, "list_baselines", lambda: ["no_context", "full_text", "first_tokens", "interrupted"])
+    monkeypatch.setattr(run, "git_commit", lambda: "old")
     _, found = _run(folder, "--only", "baselines")
     assert found == {}
+    (spent,) = folder.glob("work/*/spent/*")
+    assert 0 < json.loads(spent.read_text()) < 1000
+    spent.write_text("1000")
+    monkeypatch.setattr(run, "git_commit", lambda: "new")
     (partial,) = folder.glob("work/*/partial/*")
     (references,) = folder.glob("work/*/references/*")
     assert list(records.read_records(partial)) == ["first_tokens"]
     assert list(records.read_records(references)) == ["no_context", "full_text"]
-    _, found = _run(folder, "--only", "baselines")
+    written, found = _run(folder, "--only", "baselines")
+    carried_on, whole = found["baselines/qasper-0"], found["baselines/qasper-1"]
+    assert carried_on["seconds"] > 1000 > whole["seconds"] and not spent.exists()  # with what the first half took
+    assert (carried_on["commit"], carried_on["made_at"], whole["made_at"]) == ("new", ["old"], [])
+    assert "at commit `new` (some of what they measure was made at `old`)" in written
     systems = found["baselines/qasper-0"]["report"]["systems"]
     assert [s["name"] for s in systems] == ["no context", "full text", "first tokens", "first tokens"]
     assert systems[2]["items"] == systems[3]["items"] and list(folder.glob("work/*/partial/*")) == []
@@ -108,7 +117,9 @@ def test_trained_cells_their_variants_and_compositions(folder: Path) -> None:
     joined = found["composition/qasper-0/others=qasper-1"]["report"]["systems"]
     assert [s["name"] for s in joined[2:]] == ["alone", "another alone", "first of two", "last of two"]
     assert joined[4]["num_tokens"] == joined[2]["num_tokens"] + joined[3]["num_tokens"] - 1
-    # The cartridge of the base is trained once, and measured again from its file.
+    # The cartridge of the base is trained once, and measured again from its file, which says what commit made it.
+    (kept,) = folder.glob("work/*/qasper-0-recitation_share=0.5-shrink=10.json")
+    assert json.loads(kept.read_text())["made_at"] == [trained["commit"]] and trained["made_at"] == []
     alone = joined[2]["metrics"]["gold_nll"]["value"]
     assert alone == pytest.approx(systems["cartridge"]["metrics"]["gold_nll"]["value"], abs=1e-4)
     halves = found["parts/qasper-0/parts=2"]["report"]["systems"][2]
@@ -124,9 +135,14 @@ def test_fresh_makes_anew_what_is_asked_for_and_touches_nothing_else(folder: Pat
     (folder / "work" / "thesis.txt").write_text("somebody's own")
     (folder / "work" / "notes").mkdir()
     before = records.read_records(lines)
-    lines.write_text("".join(json.dumps({**record, "commit": "old"}) + "\n" for record in before.values()))
+    other = {**before["cost/qasper-0"], "settings": {"steps": 3}}
+    rows = [{**record, "commit": "old"} for record in [other, *before.values()]]
+    lines.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    others = folder / "work" / "01234567" / "partial"  # of other settings
+    others.mkdir(parents=True)
     _, found = _run(folder, "--only", "cost", "--fresh")
     assert [name for name, record in found.items() if record["commit"] != "old"] == ["cost/qasper-0"]
+    assert lines.read_text().startswith(json.dumps(rows[0])) and others.exists()
     assert (
         set(found) == set(before) and (folder / "work" / "thesis.txt").exists() and (folder / "work" / "notes").exists()
     )
