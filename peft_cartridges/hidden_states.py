@@ -10,8 +10,8 @@ import contextlib
 import functools
 import inspect
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
-from types import MethodType
+from collections.abc import Iterator, Sequence
+from types import CellType, FunctionType, MethodType
 from typing import Any, TypeVar
 
 import torch
@@ -180,7 +180,7 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 
 def _twin(module: T, *, hooks: bool = True) -> T:
     """A second object with the module's class, parameters and submodules. What is bound to the module itself, as the
-    forward that accelerate puts there, is bound to the twin."""
+    forwards that accelerate and TRL put there, is bound to the twin."""
     twin: Any = object.__new__(type(module))
     twin.__dict__.update({name: _rebound(value, module, twin) for name, value in vars(module).items()})
     if not hooks:
@@ -190,13 +190,26 @@ def _twin(module: T, *, hooks: bool = True) -> T:
     return twin
 
 
-def _rebound(value: Any, module: Any, twin: Any) -> Any:
+def _rebound(value: Any, module: Any, twin: Any, within: tuple[Any, ...] = ()) -> Any:
     if isinstance(value, MethodType) and value.__self__ is module:
-        return MethodType(value.__func__, twin)
+        return MethodType(_rebound(value.__func__, module, twin, within), twin)
+    if isinstance(value, FunctionType) and value.__closure__ and value not in within:
+        # A forward put around the module's own (TRL's `add_fused_lm_head`) reaches that through its closure.
+        cells = tuple(_rebound_cell(cell, module, twin, (*within, value)) for cell in value.__closure__)
+        function = FunctionType(value.__code__, value.__globals__, value.__name__, value.__defaults__, cells)
+        function.__kwdefaults__ = value.__kwdefaults__
+        return function
     if isinstance(value, functools.partial) and value.args and value.args[0] is module:
-        function: Callable[..., Any] = value.func
-        return functools.partial(function, twin, *value.args[1:], **value.keywords)
+        return functools.partial(value.func, twin, *value.args[1:], **value.keywords)
     return value
+
+
+def _rebound_cell(cell: CellType, module: Any, twin: Any, within: tuple[Any, ...]) -> CellType:
+    try:
+        held = cell.cell_contents
+    except ValueError:  # nothing is in it yet
+        return cell
+    return CellType(twin if held is module else _rebound(held, module, twin, within))
 
 
 def _with_submodules(module: Any, replaced: dict[str, nn.Module]) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import pytest
@@ -55,6 +56,21 @@ def test_accelerates_hooks_outlive_the_head() -> None:
     assert before == [1, 0, 1]  # the decoder is not called, what stands around it is
     model(input_ids=ids)
     assert [hook.calls for hook in hooks] == [2, 1, 2]
+
+
+def test_a_forward_around_the_models_own_outlives_the_head() -> None:
+    """TRL's `SFTTrainer` leaves one on the model: a function that holds the model's own forward in its closure."""
+    model, hidden = tiny_model(), torch.randn(3, tiny_model().config.hidden_size)
+    expected, own, calls = OutputHead(model)(hidden), model.forward, []
+
+    def around(self: Any, *args: Any, extra: bool = False, **kwargs: Any) -> Any:
+        calls.append(extra)
+        return own(*args, **kwargs)
+
+    model.forward = MethodType(around, model)
+    torch.testing.assert_close(OutputHead(model)(hidden), expected)
+    assert calls == [False]
+    assert own.__self__ is model and model(token_ids(1, 5)).logits.shape[1] == 5  # the model itself is as it was
 
 
 def test_the_head_works_where_its_weights_are_on_disk(tmp_path: Path) -> None:

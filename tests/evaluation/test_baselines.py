@@ -188,6 +188,11 @@ def test_lora_has_the_bytes_and_learns_the_conversations() -> None:
     bench = _bench(num_tokens=20, conversations=Dataset.from_list(rows * 8), steps=40)
     system = get_baseline("lora")(bench)
     before = _nll(bare_system(tiny_model(), CODEC))
+    with torch.no_grad():
+        logits = [system.model(torch.tensor([CODEC.preamble + row.ids])).logits[0] for row in ROWS]
+    likely = [one.log_softmax(-1)[-row.length - 1 : -1] for one, row in zip(logits, ROWS, strict=True)]
+    told = [-p.gather(-1, torch.tensor(row.answer_ids)[:, None]).sum() for p, row in zip(likely, ROWS, strict=True)]
+    assert _nll(system) == pytest.approx([float(nll) for nll in told], abs=1e-4)
     assert all(after < start - 0.5 for after, start in zip(_nll(system), before, strict=True))
     assert _nll(get_baseline("no_context")(bench)) == pytest.approx(before, abs=1e-4)  # the model itself is untouched
     # Beside a cartridge it is the same, and the cartridge stays.
