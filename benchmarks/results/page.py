@@ -118,15 +118,17 @@ def _baselines(results: Results, plots: Path) -> str:
         ],
     )  # fmt: skip
     reasons = "\n".join(
-        f"- {', '.join(names)}: {reason}" for reason, names in results.reasons([*records, *presses, *lora]).items()
+        # What a library says behind its first sentence is advice on how to use it.
+        f"- {', '.join(names)}: {reason.split('. ')[0]}"
+        for reason, names in results.reasons([*records, *presses, *lora]).items()
     )
     plot_baselines(results, rows, plots / "baselines.png")
     text = ", ".join(f"{r['document']} ({results.text_tokens(r):,} tokens)" for r in records)
     return (
         f"## Against what one would do instead\n\nEach with the keys and values of a tenth of the text's tokens where it has "
-        f"a size (LoRA: as many bytes), on {text}.\n\n![gap closed against drift]({plots.name}/baselines.png)\n\n{table}\n\n"
+        f"a size (LoRA: as many bytes), on {text}; rows of n = 1 on the first of them alone.\n\n![gap closed against drift]({plots.name}/baselines.png)\n\n{table}\n\n"
         f"Off the text, on prompts that have nothing to do with it:\n\n{off}\n\nSizes, and seconds to make them on this machine "
-        f"(of the cartridge: training alone; of retrieval: its index):\n\n{sizes}"
+        f"(of the cartridge: training alone; of retrieval: its index; kvpress, which has a process of its own, and LoRA by the wall clock, so with whatever else ran there):\n\n{sizes}"
         + (f"\n\nNot measured:\n\n{reasons}" if reasons else "")
     )
 

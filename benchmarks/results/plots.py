@@ -36,31 +36,33 @@ def _line(axes: Any, points: Iterable[tuple[float, Estimate]], **style: Any) -> 
 
 
 def plot_baselines(results: Results, rows: Sequence[Row], path: Path) -> None:
-    """The gap closed, and how far the model moves off the text: a row for each way, the best first. What is far off the
-    others is cut, with its figure at the edge."""
+    """The gap closed, and how far the model moves off the text, with intervals: a row for each way, the best first, and
+    behind its name n, documents / items. What is far off the others is cut, with its figure at the edge."""
     drawn = []
     for label, records, system in rows:
         on, off = (results.figure(records, str(system), metric) for metric in ("gap_closed", "general_kl"))
         if on is not None and off is not None:
-            drawn.append((on, off, label))
+            drawn.append((on, off, f"{label}  ({results.count(records, str(system))} / {on.n})"))
     drawn.sort(key=lambda row: row[0].value)
     plt = pyplot()
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure, sides = plt.subplots(1, 2, sharey=True, figsize=(9.5, 1 + 0.24 * len(drawn)))
+    figure, sides = plt.subplots(1, 2, sharey=True, figsize=(10, 1 + 0.24 * len(drawn)))
     edges = {0: (-0.25, 1.15), 1: (0.0, 0.45)}
     for side, axes in enumerate(sides):
         low, high = edges[side]
         for place, row in enumerate(drawn):
-            value = row[side].value
+            value, ends = row[side].value, (row[side].low, row[side].high)
             color = "tab:orange" if row[2].startswith("**") else "tab:blue"
-            axes.barh(place, min(max(value, low), high), color=color)
+            axes.barh(place, min(max(value, low), high), color=color, alpha=0.7)
+            if low <= value <= high and not any(map(math.isnan, ends)):
+                axes.plot(ends, [place, place], color="black", linewidth=1)
             if not low <= value <= high:
                 axes.annotate(f" {value:.2f} ", (min(max(value, low), high), place), va="center", fontsize=7,
                               ha="left" if value < low else "right", color="white")  # fmt: skip
         axes.set_xlim(low, high)
         axes.grid(axis="x", alpha=0.3)
     sides[0].axvline(1.0, color="gray", linewidth=0.8)
-    sides[0].set_yticks(range(len(drawn)), [label.strip("*") for *_, label in drawn], fontsize=8)
+    sides[0].set_yticks(range(len(drawn)), [label.replace("**", "") for *_, label in drawn], fontsize=8)
     sides[0].set_xlabel("gap closed on the text (more is better)")
     sides[1].set_xlabel("KL off the text, nats a token (less is better)")
     figure.tight_layout()
@@ -99,6 +101,7 @@ def plot_seconds(results: Results, records: Sequence[Record], path: Path) -> Non
                         xytext=(6, -10),
                         fontsize=8,
                     )
+        axes.margins(x=0.12)  # so that the last one's steps have room
         axes.set(xlabel="seconds of training", ylabel="gap closed")
         axes.legend(fontsize=8)
 

@@ -139,6 +139,10 @@ class Results:
         ]  # fmt: skip
         return sum(found) / len(found) if found else math.nan
 
+    def count(self, records: Sequence[Record], system: str) -> int:
+        """How many documents the system was measured on."""
+        return len({r["document"] for r in records if self._side(r, system, "gold_nll") is not None})
+
     def text_tokens(self, record: Record) -> int:
         return self._reports[record["name"]].text_tokens
 
